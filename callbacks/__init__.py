@@ -1,0 +1,11 @@
+"""Trainer callbacks for sparse training, imported as ``hf_sparse.callbacks``.
+
+A callback here is a thin wrapper: it calls the same functions that a custom loop can call (``hf_sparse.masks``,
+``hf_sparse.schedules``) and holds configuration only, because the Trainer rebuilds callbacks from JSON on resume.
+
+This folder lies at the top of the repository; ``hf_sparse/callbacks`` is a symbolic link to it, and the wheel carries
+the files as ``hf_sparse/callbacks``. Modules here import by absolute names (``hf_sparse.callbacks.x``), never as
+``callbacks``, which would be a second copy of the same module.
+"""
+
+__all__: list[str] = []

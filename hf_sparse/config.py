@@ -1,0 +1,191 @@
+"""SparsityConfig: the one contract that every stage reads and writes.
+
+It says which parameters are sparse (targets, ignore), in what shape (pattern), how much (sparsity, allocation, overrides)
+and how the zeros were chosen (saliency and its options). It travels inside ``config.json`` under the key ``hf_sparse``,
+so a checkpoint tells every later stage what its zeros mean, and it reads and writes YAML or JSON for people:
+
+    config = SparsityConfig(sparsity=0.5, saliency="sparsegpt")
+    config = SparsityConfig(pattern="2:4", saliency="wanda", overrides={r"re:.*down_proj": 0.0})
+    SparsityConfig.from_dict(config.to_dict()) == config
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_sparse import patterns, saliency
+
+__all__ = ["CONFIG_KEY", "CONFIG_VERSION", "SparsityConfig"]
+
+CONFIG_KEY = (
+    "hf_sparse"  # our key in config.json; not `sparsity_config`, which serving engines read as compressed-tensors'
+)
+CONFIG_VERSION = 1
+_DEFAULT_SPARSITY = 0.5
+
+
+@dataclass(kw_only=True)
+class SparsityConfig:
+    """What is sparse, in which shape, how much, and how it was chosen.
+
+    Args:
+        sparsity: fraction of zeros over all targets, in [0, 1). Default 0.5; an n:m pattern fixes it to 1 - n/m.
+        pattern: see :mod:`hf_sparse.patterns`: ``unstructured``, ``row``, ``n:m``, ``RxC``, ``constant-fan-in``, ``channel``.
+            Default: the comparison group of the saliency's paper (``row`` for wanda, ``unstructured`` for the others).
+        saliency: a name of :data:`hf_sparse.saliency.SALIENCIES` or a solver (``sparsegpt``, ``alps``), or a callable
+            ``(weight [out, in], statistics) -> scores [out, in]``.
+        allocation: ``uniform``, ``erk`` or ``owl``, or a dict of ``{name or re: pattern: sparsity}`` for every target.
+        allocation_options: keyword arguments of the allocation, e.g. ``{"lam": 0.08, "outlier": 5.0}`` for OWL.
+        overrides: ``{name or re: pattern: sparsity or pattern string}`` for some targets; they are left out of the average.
+        targets: which parameters; names, ``re:`` patterns or class names. Default: every linear, convolution and fused
+            expert weight that is not an embedding, output head or router.
+        ignore: targets to leave dense, in the same grammar.
+        repair: re-fit the kept weights by least squares after the mask is chosen (needs calibration data).
+        permute: for n:m, reorder the hidden units of every MLP so that the pattern costs less (RIA's channel permutation).
+        block_size: columns per block of the SparseGPT solve.
+        damp: ridge added to a Hessian's diagonal, as a fraction of its mean.
+        seed: seed of the ``random`` saliency.
+        provenance: how the checkpoint came to be (base model, calibration data, command, versions); free-form, JSON.
+
+    Raises:
+        ValueError: a value is out of range, contradicts another, or a field is unknown.
+    """
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    saliency: str | Callable = "magnitude"
+    allocation: str | dict[str, float] = "uniform"
+    allocation_options: dict[str, float] = field(default_factory=dict)
+    overrides: dict[str, float | str] = field(default_factory=dict)
+    targets: list[str] | None = None
+    ignore: list[str] = field(default_factory=list)
+    repair: bool = False
+    permute: bool = False
+    block_size: int = 128
+    damp: float = 0.01
+    seed: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        saliency.needs(self.saliency)  # raises for an unknown name
+        pattern = patterns.parse(self.pattern or saliency.default_pattern(self.saliency))
+        self.pattern = str(pattern)
+        implied = pattern.implied_sparsity
+        if self.sparsity is None:
+            self.sparsity = _DEFAULT_SPARSITY if implied is None else implied
+        self.sparsity = _checked_sparsity(self.sparsity, "sparsity")
+        if implied is not None and abs(self.sparsity - implied) > 1e-6:
+            raise ValueError(
+                f"pattern {pattern} keeps {pattern.n} of {pattern.m} weights and so always has sparsity {implied:g}; "
+                f"leave sparsity out or choose a pattern for {self.sparsity:g}"
+            )
+        if implied is not None:
+            self.sparsity = implied
+        for name in ("targets", "ignore"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"{name} is a list of names and patterns, got the string {value!r}; write [{value!r}]")
+            if value is not None:
+                setattr(self, name, list(value))
+        for entry in [*(self.targets or []), *self.ignore, *self.overrides]:
+            _checked_regex(entry)
+        for name, value in self.overrides.items():
+            if isinstance(value, str):
+                patterns.parse(value)
+            else:
+                _checked_sparsity(value, f"the override of {name!r}")
+        if isinstance(self.allocation, Mapping):
+            self.allocation = dict(self.allocation)
+            for name, value in self.allocation.items():
+                _checked_regex(name)
+                _checked_sparsity(value, f"the allocation of {name!r}")
+        if self.permute and implied is None:
+            raise ValueError(
+                f"permute reorders channels for an n:m pattern; with pattern {self.pattern!r} it has no effect"
+            )
+        if self.block_size < 1:
+            raise ValueError(f"block_size is a number of columns >= 1, got {self.block_size}")
+        if self.damp < 0:
+            raise ValueError(f"damp is a fraction >= 0 of the Hessian's mean diagonal, got {self.damp}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict with the format version. A callable saliency is recorded by its qualified name."""
+        content = dataclasses.asdict(self)
+        if callable(self.saliency):
+            content["saliency"] = f"{self.saliency.__module__}.{self.saliency.__qualname__}"
+        return {"version": CONFIG_VERSION, **content}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "SparsityConfig":
+        """The config a dict describes.
+
+        Raises:
+            ValueError: an unknown field (with the near match), or a config written by a newer version.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a sparsity config is a mapping of fields, got {type(content).__name__}")
+        content = dict(content)
+        version = content.pop("version", CONFIG_VERSION)
+        if not isinstance(version, int) or version > CONFIG_VERSION:
+            raise ValueError(
+                f"this sparsity config has version {version}, but this hf_sparse reads up to version {CONFIG_VERSION}; "
+                "upgrade it with `pip install -U hf-sparse`"
+            )
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in content:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}"
+                raise ValueError(f"unknown field {name!r} in a sparsity config{hint}")
+        return cls(**content)
+
+    @classmethod
+    def from_model_config(cls, config) -> "SparsityConfig | None":
+        """The sparsity config a transformers config carries, or None."""
+        content = getattr(config, CONFIG_KEY, None)
+        return None if content is None else cls.from_dict(content)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "SparsityConfig":
+        """The config in a ``.yaml``/``.yml`` or ``.json`` file.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or it is not a sparsity config.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no sparsity config at {path}")
+        import yaml
+
+        try:
+            content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+        return cls.from_dict(content)
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _checked_sparsity(value, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{what} is a number in [0, 1), got {value!r}")
+    if not 0.0 <= value < 1.0:
+        hint = f"; did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
+        raise ValueError(f"{what} is the fraction of zeros and lies in [0, 1), got {value:g}{hint}")
+    return float(value)
+
+
+def _checked_regex(entry: str) -> None:
+    if entry.startswith("re:"):
+        try:
+            re.compile(entry[3:])
+        except re.error as error:
+            raise ValueError(f"{entry!r} is not a valid regular expression: {error}") from error

@@ -1,0 +1,453 @@
+"""One-shot pruning: a for-loop over layers that anyone can read.
+
+    report = prune(model, SparsityConfig(sparsity=0.5, saliency="sparsegpt"), batches)
+
+    for each decoder layer:
+        statistics = what its weights' inputs look like on the calibration data
+        for each group of weights with the same input:
+            scores -> mask -> weight, or a solver that does all three
+        the pruned layer's outputs become the next layer's inputs
+
+The model is changed in place and stays an ordinary model; :class:`hf_sparse.report.SparsityReport` says what was done.
+"""
+
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_sparse import allocation, saliency
+from hf_sparse.calibration import as_batches, capture, collect, find_decoder_layers, mean_gradients
+from hf_sparse.config import CONFIG_KEY, SparsityConfig
+from hf_sparse.instruments import Timer, device_name, peak_memory, progress_bar, reset_peak_memory, versions
+from hf_sparse.patterns import NM, Channel, Pattern, parse
+from hf_sparse.pruning.admm import alps
+from hf_sparse.pruning.measure import measure
+from hf_sparse.pruning.obs import sparsegpt
+from hf_sparse.pruning.permute import choose_permutation, permute_hidden_units, producers_of
+from hf_sparse.pruning.repair import repair
+from hf_sparse.pruning.resume import FinishedLayers
+from hf_sparse.pruning.solution import Solution, relative_error
+from hf_sparse.report import SparsityReport
+from hf_sparse.saliency import Statistics
+from hf_sparse.targets import Target, find_targets, match_names
+
+__all__ = ["prune"]
+
+_TOKENS_PER_STEP = {"cuda": 8192, "cpu": 2048}  # enough to keep the device busy, small beside the statistics
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module,
+    config: SparsityConfig,
+    batches: Iterable | None = None,
+    *,
+    device: str | torch.device | None = None,
+    storage: str | torch.device | None = None,
+    progress: bool = False,
+    resume_dir: str | Path | None = None,
+) -> SparsityReport:
+    """Prunes ``model`` in place, in one shot.
+
+    Args:
+        model: any transformers model; decoder-only for saliencies that look at data.
+        config: what to prune and how. ``model.config`` records it under ``hf_sparse``.
+        batches: calibration token ids, see :func:`hf_sparse.calibration.as_batches`. Needed by every saliency that looks
+            at data; a few hundred thousand tokens are customary (128 sequences of 2,048).
+        device: where a layer is while it is worked on; default: where the model is. The model stays where it is and its
+            layers visit the device one at a time.
+        storage: where hidden states wait between layers; default: ``device``. ``"cpu"`` frees accelerator memory.
+        progress: show a bar with the layer, its error and the time left.
+        resume_dir: a directory that records finished layers; an interrupted run called again with the same arguments
+            continues after the last one, and ends with the same weights. It stays: remove it once the model is saved.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: before any weight is changed: targets that match nothing, a pattern that does not fit a weight, weights
+            that are not finite, missing calibration data, an unknown saliency or allocation, another run's ``resume_dir``.
+    """
+    started = time.perf_counter()
+    home = next(model.parameters()).device
+    device = torch.device(device or home)
+    storage = torch.device(storage or device)
+    if home.type == "meta":
+        raise ValueError("the model is on the meta device and has no weights to prune; load them first")
+    timer = Timer(device)
+    reset_peak_memory(device)
+
+    targets = find_targets(model, config.targets, config.ignore)
+    needs = _needs(config)
+    notes: list[str] = []
+    stack = None
+    if needs in ("inputs", "hessian") or config.allocation == "owl":
+        stack = find_decoder_layers(model)
+        outside = [name for name in targets if not name.startswith(stack[0] + ".")]
+        if outside and config.targets is not None:
+            raise ValueError(
+                f"{config.saliency} calibrates the weights of the decoder layers ({stack[0]}); {outside[0]!r} lies outside. "
+                "Leave it out of targets, or prune it with a saliency that needs no calibration, such as magnitude"
+            )
+        if outside:
+            notes.append(f"{len(outside)} weights outside the decoder layers stay dense, e.g. {outside[0]}")
+            targets = {name: target for name, target in targets.items() if name not in outside}
+    if batches is not None:
+        batches = as_batches(batches, _TOKENS_PER_STEP.get(device.type, 2048))
+    elif needs != "nothing" or config.allocation == "owl":
+        raise ValueError(
+            f"saliency {_label(config.saliency)!r} with allocation {config.allocation!r}"
+            f"{' and repair' if config.repair else ''} looks at data; give calibration batches"
+        )
+    _check_weights(model, targets)
+
+    was_training = model.training
+    model.eval()
+    try:
+        with timer("allocation"):
+            plan = _plan(model, config, targets, stack, batches, device, storage)
+        gradients = {}
+        if needs == "gradient":
+            with timer("gradients"):
+                gradients = mean_gradients(model, batches, list(targets), device)
+        if needs in ("nothing", "gradient"):
+            outcome = _prune_without_inputs(model, config, targets, plan, gradients, progress)
+            layer_errors: dict[int, float] = {}
+        else:
+            outcome, layer_errors = _prune_layers(
+                model, config, targets, plan, stack, batches, needs, device, storage, timer, progress, resume_dir
+            )
+    finally:
+        model.train(was_training)
+
+    with timer("report"):
+        report = measure(
+            model,
+            targets,
+            patterns={name: plan[name][0] for name in targets},
+            errors=outcome.errors,
+            notes=outcome.notes,
+        )
+    _record_config(model, config)
+    report.config = getattr(model.config, CONFIG_KEY)
+    report.layer_errors = layer_errors
+    report.notes = notes
+    report.timings = timer.seconds
+    report.seconds = time.perf_counter() - started
+    report.device = device_name(device)
+    report.peak_memory_bytes = peak_memory(device)
+    report.versions = versions()
+    if batches is not None:
+        report.calibration = {
+            "samples": sum(len(b["input_ids"]) for b in batches),
+            "tokens": sum(b["input_ids"].numel() for b in batches),
+        }
+    return report
+
+
+class _Outcome:
+    """What is known about each parameter beside its weights: its error and anything out of the ordinary."""
+
+    def __init__(self):
+        self.errors: dict[str, float] = {}
+        self.notes: dict[str, str] = {}
+
+
+def _label(name) -> str:
+    return name if isinstance(name, str) else getattr(name, "__name__", repr(name))
+
+
+def _needs(config: SparsityConfig) -> str:
+    """What the run must see: nothing, inputs, hessian or gradient."""
+    needs = saliency.needs(config.saliency)
+    if config.repair:
+        if needs == "gradient":
+            raise ValueError(
+                "repair works from layer inputs and does not combine with a gradient saliency; use wanda or obs"
+            )
+        return "hessian"
+    return needs
+
+
+def _check_weights(model: nn.Module, targets: dict[str, Target]) -> None:
+    for name in targets:
+        weight = model.get_parameter(name)
+        if not bool(weight.isfinite().all()):
+            bad = int((~weight.isfinite()).sum())
+            raise ValueError(
+                f"{name} holds {bad} values that are NaN or infinite; nothing was pruned. Check the checkpoint"
+            )
+
+
+# ------------------------------------------------------------------------------------------------ how much, in what shape
+
+
+def _plan(model, config, targets, stack, batches, device, storage) -> dict[str, tuple[Pattern, float]]:
+    """``{name: (pattern, sparsity)}`` for every target."""
+    default = parse(config.pattern)
+    plan: dict[str, tuple[Pattern, float]] = {}
+    for entry, value in config.overrides.items():
+        for name in match_names(entry, targets):
+            if name in plan:
+                continue
+            pattern = parse(value) if isinstance(value, str) else default
+            if not isinstance(value, str) and pattern.implied_sparsity is not None:
+                pattern = parse("unstructured") if value != 0.0 else pattern
+            sparsity = value if not isinstance(value, str) else pattern.implied_sparsity
+            plan[name] = (pattern, config.sparsity if sparsity is None else float(sparsity))
+    rest = {name: target for name, target in targets.items() if name not in plan}
+    sizes = {name: target.numel for name, target in rest.items()}
+    if not rest:
+        sparsities = {}
+    elif isinstance(config.allocation, dict):
+        sparsities = allocation.from_dict(config.allocation, rest)
+    elif config.allocation == "uniform":
+        sparsities = allocation.uniform(sizes, config.sparsity)
+    elif config.allocation == "erk":
+        shapes = {n: tuple(model.get_parameter(n).shape) if not t.is_experts else t.shape[1:] for n, t in rest.items()}
+        sparsities = allocation.erk(sizes, config.sparsity, shapes, **config.allocation_options)
+    elif config.allocation == "owl":
+        sparsities = _owl(model, config, rest, sizes, stack, batches, device, storage)
+    else:
+        raise ValueError(
+            f"unknown allocation {config.allocation!r}; known are {', '.join(allocation.ALLOCATIONS)} and a dict of sparsities"
+        )
+    if isinstance(default, NM) and config.allocation != "uniform" and rest:
+        counts = allocation.nm_mix(sparsities, sizes, default.m)
+        plan.update({name: (NM(count, default.m), 1.0 - count / default.m) for name, count in counts.items()})
+    elif default.implied_sparsity is not None:
+        plan.update(dict.fromkeys(rest, (default, default.implied_sparsity)))
+    else:
+        plan.update({name: (default, sparsities[name]) for name in rest})
+    for name, (pattern, sparsity) in plan.items():
+        reason = pattern.fits(targets[name].shape) if sparsity > 0 else None
+        if reason:
+            raise ValueError(f"pattern {pattern} does not fit {name}: {reason}. Ignore it or override its pattern")
+        if isinstance(pattern, Channel) and config.saliency in saliency.SOLVERS:
+            raise ValueError(
+                f"{config.saliency} cannot prune whole channels; choose wanda or magnitude for pattern 'channel'"
+            )
+    return plan
+
+
+def _owl(model, config, targets, sizes, stack, batches, device, storage) -> dict[str, float]:
+    """OWL looks at the dense model, so it has a pass of its own."""
+    options = dict(config.allocation_options)
+    outlier = options.pop("outlier", 5.0)
+    captured = capture(model, *stack, batches, device, storage)
+    groups, ratios = {}, {}
+    for index, layer in enumerate(captured.layers):
+        mine = _targets_of(stack[0], index, targets)
+        with _visiting(layer, device):
+            if mine:
+                statistics = collect(captured, index, layer, mine, "inputs")
+                scores = [
+                    saliency.wanda(matrix.float(), one)
+                    for name, target in mine.items()
+                    for matrix, one in _matrices(target, model.get_parameter(name), statistics[name])
+                    if one.sum_squares is not None
+                ]
+                ratios[index] = allocation.outlier_ratio(scores, outlier)
+                groups.update(dict.fromkeys(mine, index))
+            captured.advance(index, layer)
+    return allocation.owl(sizes, config.sparsity, groups, ratios, **options)
+
+
+# ------------------------------------------------------------------------------------------------------- the loop itself
+
+
+def _prune_without_inputs(model, config, targets, plan, gradients, progress) -> _Outcome:
+    """Saliencies that look at the weights alone, or at gradients already taken: no layer has to run."""
+    outcome = _Outcome()
+    with progress_bar(progress, "pruning", len(targets)) as step:
+        for name, target in targets.items():
+            statistics = Statistics(name=name, seed=config.seed)
+            gradient = target.matrix(gradients[name]) if name in gradients else None
+            _prune_group([name], targets, model, config, plan, statistics, outcome, gradient)
+            step(name)
+    return outcome
+
+
+def _prune_layers(
+    model, config, targets, plan, stack, batches, needs, device, storage, timer, progress, resume_dir
+) -> tuple[_Outcome, dict[int, float]]:
+    outcome = _Outcome()
+    layer_errors: dict[int, float] = {}
+    store = FinishedLayers(resume_dir, model, config, batches) if resume_dir is not None else None
+    with timer("capture"):
+        captured = capture(model, *stack, batches, device, storage)
+    with progress_bar(progress, "pruning", len(captured.layers)) as step:
+        for index, layer in enumerate(captured.layers):
+            mine = _targets_of(stack[0], index, targets)
+            done = store.load(index, model, outcome.errors, outcome.notes, layer_errors) if store else False
+            with timer("transfer"):
+                visit = _visiting(layer, device)
+                visit.__enter__()
+            try:
+                if mine and not done:
+                    reference: dict[int, torch.Tensor] = {}
+                    with timer("statistics"):
+                        statistics = collect(captured, index, layer, mine, needs, _keep_first(reference))
+                    if config.permute:
+                        with timer("permute"):
+                            _permute(model, config, mine, plan, statistics, captured, index, layer, reference[0])
+                    with timer("solve"):
+                        for names in _groups(statistics):
+                            _prune_group(names, targets, model, config, plan, statistics[names[0]], outcome)
+                    del statistics
+                    with timer("propagate"):
+                        before = captured.hidden[0].to(device, torch.float32, copy=True)  # advance overwrites it
+                        captured.advance(index, layer)
+                        dense, pruned = reference[0].float(), captured.hidden[0].to(device, torch.float32)
+                        added = (dense - before).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+                        layer_errors[index] = float((dense - pruned).square().sum() / added)
+                else:
+                    with timer("propagate"):
+                        captured.advance(index, layer)
+            finally:
+                with timer("transfer"):
+                    visit.__exit__(None, None, None)
+            if store and mine and not done:
+                store.save(index, list(mine), model, outcome.errors, outcome.notes, layer_errors)
+            error = f" error {layer_errors[index]:.4f}" if index in layer_errors else ""
+            step(f"layer {index + 1}/{len(captured.layers)}{error}")
+    return outcome, layer_errors
+
+
+def _permute(model, config, targets, plan, statistics, captured, index, layer, reference) -> None:
+    """Reorders the hidden units of a layer's MLP for the n:m pattern of the weight that consumes them."""
+    for name, target in targets.items():
+        pattern, producers = plan[name][0], producers_of(target, targets, reference.shape[-1])
+        if not isinstance(pattern, NM) or not producers or statistics[name].sum_squares is None:
+            continue
+        weight = target.matrix(model.get_parameter(name).data).float()
+        order = choose_permutation(saliency.ria(weight, statistics[name]), pattern, seed=config.seed)
+        permute_hidden_units(model, target, producers, order)
+        moved = captured.run(index, 0, layer)
+        if not torch.allclose(moved.float(), reference.float(), rtol=1e-2, atol=1e-3 * float(reference.abs().max())):
+            permute_hidden_units(model, target, producers, order.argsort())  # attention heads, say: put everything back
+            continue
+        old = statistics[name]
+        hessian = None if old.hessian is None else old.hessian[order][:, order]
+        squares = old.sum_squares[order] if hessian is None else hessian.diagonal()
+        statistics[name] = Statistics(tokens=old.tokens, sum_squares=squares, hessian=hessian)
+
+
+def _prune_group(names, targets, model, config, plan, statistics, outcome, gradient=None) -> None:
+    """Prunes weights that share one input: one matrix each, or one per expert."""
+    matrices = [targets[name].matrix(model.get_parameter(name).data) for name in names]
+    active = [i for i, name in enumerate(names) if plan[name][1] > 0]
+    if not active:
+        return
+    patterns = [plan[names[i]][0] for i in active]
+    sparsities = [plan[names[i]][1] for i in active]
+    per_expert = matrices[0].dim() == 3
+    errors: list[list[tuple[float, int]]] = [[] for _ in active]  # (error, tokens) of every matrix
+    starved = 0
+    for expert in range(len(matrices[0]) if per_expert else 1):
+        views = [matrices[i][expert] if per_expert else matrices[i] for i in active]
+        one = statistics[expert] if isinstance(statistics, list) else statistics
+        one.seed = config.seed
+        one.gradient = None if gradient is None else (gradient[expert] if per_expert else gradient)
+        chosen = config.saliency
+        if saliency.needs(chosen) in ("inputs", "hessian") and one.tokens < _fewest_tokens(views[0].shape[1]):
+            chosen, starved = "magnitude", starved + 1  # statistics of a handful of tokens would be noise
+        dense = [view.float() for view in views]
+        solutions = _solve(chosen, config, dense, one, patterns, sparsities, [names[i] for i in active], expert)
+        for known, view, solution in zip(errors, views, solutions, strict=True):
+            view.copy_(solution.weight)
+            if one.hessian is not None:
+                known.append((solution.error, one.tokens))
+    for i, known in zip(active, errors, strict=True):
+        if known:  # experts count by the tokens they serve
+            outcome.errors[names[i]] = sum(e * n for e, n in known) / sum(n for _, n in known)
+        if starved:
+            what = f"{starved} of {len(matrices[0])} experts" if per_expert else "it"
+            outcome.notes[names[i]] = f"too few calibration tokens: {what} pruned by magnitude"
+
+
+def _fewest_tokens(inputs: int) -> int:
+    """Fewer rows than this say nothing about a covariance of ``inputs`` dimensions, even with a ridge."""
+    return max(4, inputs // 32)
+
+
+def _solve(chosen, config, weights, statistics, patterns, sparsities, names, expert) -> list[Solution]:
+    """Scores -> mask -> weight for matrices that share one input; or a solver that does all three."""
+    if chosen in saliency.SOLVERS:
+        if chosen == "sparsegpt":
+            options = {"damp": config.damp, "block_size": config.block_size}
+            solutions = sparsegpt(weights, statistics.hessian, patterns, sparsities, **options)
+        else:
+            solutions = alps(weights, statistics.hessian, patterns, sparsities, damp=config.damp)
+    else:
+        score = saliency.get(chosen)
+        solutions = []
+        for weight, pattern, sparsity, name in zip(weights, patterns, sparsities, names, strict=True):
+            statistics.name = f"{name}[{expert}]" if expert else name
+            scores = score(weight, statistics)
+            if scores.shape != weight.shape:
+                raise ValueError(
+                    f"saliency {_label(chosen)!r} returned scores of shape {tuple(scores.shape)} for {name} of shape "
+                    f"{tuple(weight.shape)}"
+                )
+            mask = pattern.mask(scores, sparsity)
+            solutions.append(Solution(weight.masked_fill(~mask, 0.0), mask, 0.0))
+    hessian = statistics.hessian
+    if config.repair and hessian is not None and statistics.tokens:
+        repaired = repair(weights, hessian, [s.mask for s in solutions])
+        solutions = [Solution(weight, s.mask, 0.0) for weight, s in zip(repaired, solutions, strict=True)]
+    if hessian is not None and not (chosen in saliency.SOLVERS and not config.repair):
+        for weight, solution in zip(weights, solutions, strict=True):
+            solution.error = relative_error(weight, solution.weight, hessian)
+    return solutions
+
+
+def _matrices(target: Target, parameter: torch.Tensor, statistics):
+    """``(matrix, statistics)`` pairs of a parameter: one, or one per expert."""
+    matrix = target.matrix(parameter.data)
+    return zip(matrix, statistics, strict=True) if target.is_experts else [(matrix, statistics)]
+
+
+def _groups(statistics: dict) -> list[list[str]]:
+    """Names that share one Statistics object, in order."""
+    groups: dict[int, list[str]] = {}
+    for name, value in statistics.items():
+        groups.setdefault(id(value), []).append(name)
+    return list(groups.values())
+
+
+def _targets_of(stack: str, index: int, targets: dict[str, Target]) -> dict[str, Target]:
+    prefix = f"{stack}.{index}."
+    return {name: target for name, target in targets.items() if name.startswith(prefix)}
+
+
+def _keep_first(reference: dict[int, torch.Tensor]):
+    def on_output(batch: int, output: torch.Tensor) -> None:
+        if batch == 0:  # one batch is sample enough to say how far the layer moved
+            reference[0] = output
+
+    return on_output
+
+
+@contextmanager
+def _visiting(layer: nn.Module, device: torch.device):
+    """A layer on the device for a while, then back where it lives."""
+    home = next(layer.parameters()).device
+    if home == device:
+        yield
+        return
+    layer.to(device)
+    try:
+        yield
+    finally:
+        layer.to(home)
+
+
+def _record_config(model: nn.Module, config: SparsityConfig) -> None:
+    content = config.to_dict()
+    content["provenance"] = {"hf_sparse": versions()["hf-sparse"], **content["provenance"]}
+    setattr(model.config, CONFIG_KEY, content)

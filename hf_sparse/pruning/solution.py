@@ -1,0 +1,35 @@
+"""What every solver returns, and the error they all report."""
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Solution", "relative_error"]
+
+
+@dataclass
+class Solution:
+    """One pruned matrix.
+
+    Attributes:
+        weight: ``[out, in]`` float32, zero outside the mask.
+        mask: ``[out, in]`` boolean, True = kept.
+        error: relative reconstruction error on the calibration inputs (:func:`relative_error`).
+    """
+
+    weight: torch.Tensor
+    mask: torch.Tensor
+    error: float
+
+
+def relative_error(dense: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> float:
+    """||X W^T - X W'^T||^2 / ||X W^T||^2 from the undamped Hessian X^T X: tr(D H D^T) / tr(W H W^T), D = W - W'.
+
+    Args:
+        dense, pruned: ``[out, in]`` float32.
+        hessian: ``[in, in]``.
+    """
+    difference = dense - pruned
+    lost = ((difference @ hessian) * difference).sum()
+    total = ((dense @ hessian) * dense).sum()
+    return float(lost / total) if float(total) > 0 else 0.0

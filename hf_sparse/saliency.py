@@ -1,0 +1,123 @@
+"""Saliency: how much each weight matters.
+
+A saliency is a plain function ``(weight [out, in], statistics) -> scores [out, in]``; the lowest scores are pruned. Any
+callable with that signature works in place of a name. With x a row of the layer's input, X all of them, g the gradient:
+
+    magnitude   |w|
+    random      uniform noise, seeded
+    wanda       |w_ij| * ||X_j||                                                arxiv.org/abs/2306.11695
+    ria         (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) * ||X_j||^1/2   openreview.net/forum?id=Tr0lPx9woF
+    obs         w_ij^2 / [H^-1]_jj, H = X^T X damped                            Hassibi & Stork 1993
+    gradient    E|g_ij|
+    taylor      |w_ij| * E|g_ij|                                                arxiv.org/abs/1906.10771
+
+What a saliency needs to see is its attribute ``needs``: ``nothing``, ``inputs`` (the input norms), ``hessian`` or
+``gradient``; a callable without the attribute gets ``inputs``. SparseGPT and ALPS choose weights while they update the
+others, so they are solvers (:mod:`hf_sparse.pruning`) rather than functions of one weight, but go by the same argument.
+"""
+
+import difflib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["SALIENCIES", "SOLVERS", "Statistics", "default_pattern", "get", "needs"]
+
+SOLVERS = ("sparsegpt", "alps")  # names that choose the mask and update the weights together; both need a Hessian
+
+
+@dataclass
+class Statistics:
+    """What calibration saw of one weight's input.
+
+    Attributes:
+        tokens: rows of X seen (padding excluded; for an expert, the tokens routed to it).
+        sum_squares: ``[in]``, sum over tokens of x_j^2.
+        hessian: ``[in, in]`` float32, X^T X, where asked for.
+        gradient: ``[out, in]``, mean over batches of |dL/dw|, where asked for.
+        name: the parameter's name, and ``seed`` the config's: together they seed the random saliency.
+    """
+
+    tokens: int = 0
+    sum_squares: torch.Tensor | None = None
+    hessian: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+    name: str = ""
+    seed: int = 0
+
+
+def magnitude(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    return weight.abs()
+
+
+def random(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(statistics.seed ^ zlib.crc32(statistics.name.encode()))
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+def wanda(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    return weight.abs() * statistics.sum_squares.sqrt()
+
+
+def ria(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    size = weight.abs()
+    tiny = torch.finfo(size.dtype).tiny  # an all-zero row or column has no relative importance, not a NaN
+    relative = size / size.sum(dim=0, keepdim=True).clamp_min(tiny) + size / size.sum(dim=1, keepdim=True).clamp_min(
+        tiny
+    )
+    return relative * statistics.sum_squares.sqrt().sqrt()
+
+
+def obs(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    hessian = statistics.hessian
+    ridge = 0.01 * hessian.diagonal().mean()
+    inverse = torch.linalg.inv(hessian + ridge * torch.eye(len(hessian), device=hessian.device))
+    return weight.square() / inverse.diagonal()
+
+
+def gradient(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    return statistics.gradient
+
+
+def taylor(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    return weight.abs() * statistics.gradient
+
+
+magnitude.needs = random.needs = "nothing"
+wanda.needs = ria.needs = "inputs"
+obs.needs = "hessian"
+gradient.needs = taylor.needs = "gradient"
+
+SALIENCIES = {f.__name__: f for f in (magnitude, random, wanda, ria, obs, gradient, taylor)}
+
+
+def get(saliency: str | Callable) -> Callable:
+    """The function a name stands for (a callable is returned as it is).
+
+    Raises:
+        ValueError: no such saliency; the message has the near match. Solver names are not functions and raise too.
+    """
+    if callable(saliency):
+        return saliency
+    if saliency in SALIENCIES:
+        return SALIENCIES[saliency]
+    if saliency in SOLVERS:
+        raise ValueError(
+            f"{saliency!r} is a solver (hf_sparse.pruning), not a function of one weight; give it to prune()"
+        )
+    known = [*SALIENCIES, *SOLVERS]
+    near = difflib.get_close_matches(str(saliency), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    raise ValueError(f"unknown saliency {saliency!r}; {hint}")
+
+
+def needs(saliency: str | Callable) -> str:
+    """What a saliency or solver must see: ``nothing``, ``inputs``, ``hessian`` or ``gradient``."""
+    return "hessian" if saliency in SOLVERS else getattr(get(saliency), "needs", "inputs")
+
+
+def default_pattern(saliency: str | Callable) -> str:
+    """The comparison group of the paper: Wanda ranks within an output row, the others within the matrix."""
+    return "row" if saliency == "wanda" else "unstructured"
