@@ -280,19 +280,19 @@ def collect(
     by_module: dict[str, list[Target]] = {}
     for target in targets.values():
         by_module.setdefault(target.module, []).append(target)
-    for module_name, owned in by_module.items():
-        module = layer.get_submodule(module_name.removeprefix(prefix))
-        if owned[0].is_experts:
-            hook = _experts_hook(owned, module, result, keep, needs)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        elif owned[0].layout == "conv":
-            raise ValueError(
-                f"{owned[0].name} is a convolution; calibration covers linear layers and fused experts. "
-                f"Ignore it (ignore=[{owned[0].name!r}]) or use a saliency without calibration, such as magnitude"
-            )
-        else:
-            handles.append(module.register_forward_pre_hook(linear_hook(owned[0].name)))
     try:
+        for module_name, owned in by_module.items():
+            module = layer.get_submodule(module_name.removeprefix(prefix))
+            if owned[0].is_experts:
+                hook = _experts_hook(owned, module, result, keep, needs)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            elif owned[0].layout == "conv":
+                raise ValueError(
+                    f"{owned[0].name} is a convolution; calibration covers linear layers and fused experts. "
+                    f"Ignore it (ignore=[{owned[0].name!r}]) or use a saliency without calibration, such as magnitude"
+                )
+            else:
+                handles.append(module.register_forward_pre_hook(linear_hook(owned[0].name)))
         for batch in range(len(captured.hidden)):
             keep[0] = captured.keep[batch]
             seen.clear()

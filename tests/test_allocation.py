@@ -91,13 +91,17 @@ def test_erk_of_resnet50_is_rigls(resnet50, sparsity):
 
 @pytest.mark.parametrize("sparsity,published", [(0.8, 0.42), (0.9, 0.24), (0.95, 0.12), (0.965, 0.09)])
 def test_erk_costs_the_published_flops(resnet50, sparsity, published):
-    """Inference FLOPs of ERK ResNet-50 relative to dense (8.2e9), from the table in RigL's README."""
+    """Inference FLOPs of ERK ResNet-50 relative to dense, from the table in RigL's README (github.com/google-research/rigl).
+
+    Its 8.2e9 for the dense network also count norms and activations (2 per weight use leaves 0.02e9 for them); these stay.
+    """
     shapes = {name: shape for name, (shape, _) in resnet50.items()}
     given = erk({name: math.prod(shape) for name, shape in shapes.items()}, sparsity, shapes)
     dense = sum(macs for _, macs in resnet50.values())
-    assert 2 * dense == pytest.approx(8.2e9, rel=0.01)
+    others = 8.2e9 - 2 * dense
+    assert 0 < others < 0.005 * 8.2e9
     sparse = sum(macs * (1.0 - given[name]) for name, (_, macs) in resnet50.items())
-    assert sparse / dense == pytest.approx(published, abs=0.0051)  # published to two digits
+    assert (2 * sparse + others) / 8.2e9 == pytest.approx(published, abs=0.0051)  # published to two digits
 
 
 def test_erk_by_hand():
@@ -223,8 +227,9 @@ def test_an_nm_mix_of_whole_densities_is_those_densities():
     assert nm_mix(sparsities, dict.fromkeys(sparsities, 100), 4) == {"a": 2, "b": 3, "c": 1}
 
 
-def test_an_nm_mix_keeps_at_least_one_of_m():
-    assert nm_mix({"a": 0.99, "b": 0.01}, {"a": 8, "b": 8}, 4) == {"a": 1, "b": 4}
+def test_an_nm_mix_keeps_at_least_one_of_m_and_takes_it_from_another():
+    assert nm_mix({"a": 0.99, "b": 0.01}, {"a": 8, "b": 8}, 4) == {"a": 1, "b": 3}
+    assert nm_mix({"a": 0.99, "b": 0.99}, {"a": 8, "b": 8}, 4) == {"a": 1, "b": 1}
 
 
 def test_names():

@@ -1,0 +1,141 @@
+"""ALPS: choose a mask and its weights together with ADMM (arxiv.org/abs/2406.07831).
+
+The best k-sparse weight V for a dense W and inputs X solves ``min tr((W - V) G (W - V)^T)`` with G = X^T X damped. ALPS splits
+the two difficulties over two copies, B fitting the outputs and S sparse, and pulls them together with a growing rho:
+
+    B = W - [U - rho (S - W)] (G + rho I)^-1         least squares near S
+    S = keep the largest of B + U / rho              the pattern's exact count: any pattern
+    U = U + rho (B - S)                              what the constraint costs: zero on the support, rho (B + U/rho) off it
+
+A small rho lets the mask move, a large one freezes it; then the kept weights are re-fitted (:mod:`hf_sparse.pruning.repair`).
+Rows with the same input (q/k/v, gate/up) are one tall problem; the mask of each weight is ranked on its own.
+
+Three things differ from the published algorithm; together they find better masks with a tenth of the work:
+
+* **The metric.** ALPS measures weights in units of their input's norm, w_j sqrt(G_jj): what dropping costs when nothing
+  else may change. Here the unit is the Optimal Brain Surgeon's, w_j / sqrt([G^-1]_jj): what it costs after the others were
+  re-fitted. In this metric rho = 1 is the curvature of a single weight, the useful range of rho is 0.6 to 2 on every
+  layer, and 32 iterations beat 300 in the other one.
+* **Few factorisations.** (G + rho I)^-1 for each new rho would need an eigendecomposition (ALPS: float64, minutes for 11008
+  inputs). A proximal term (r - rho)/2 |B - B_previous|^2 in the first step replaces G + rho I by G + r I: rho moves in every
+  iteration while r takes ``stages`` values. With the inverse for the metric (kept as the preconditioner) that is three
+  Cholesky inverses per Hessian.
+* **Differences.** The first step is written in W - B, never through W G: the large directions of G cancel before anything is
+  multiplied, so bfloat16 products give the same masks as float32 on a GPU.
+
+The ridge is ``damp`` times each input's own energy (see repair): heavy-tailed activations make a ridge on the mean so large that
+most inputs drown in it.
+
+Cost for weights [R, n] in total: 3 factorisations and inverses (n^3 multiply-adds each), ``iterations`` products of 2 R n^2
+FLOP in bf16, and about 10 conjugate-gradient steps of 2 R n^2 in fp32. For one layer of Llama-2-7B (q, k, v, o, gate, up with
+n = 4096, down with n = 11008) a product over all seven is 2.3 TFLOP. Estimated, not measured, for an H200 (45 fp32 and 600 bf16
+TFLOP/s, 4 TB/s): factorisations 0.5 s (nearly all of it down's), 48 iterations 0.2 s of products and 0.5 s of memory traffic,
+refinement 0.6 s; about 1.8 s a layer, against SparseGPT's 2.3 s including the forward passes.
+"""
+
+import torch
+
+from hf_sparse.patterns import Pattern, Unstructured, pruned_count
+from hf_sparse.pruning.obs_kernel import lowest_mask
+from hf_sparse.pruning.repair import check_problem, correlation, exact_matmul, fast, inverse_of, refine, unscale
+from hf_sparse.pruning.solution import Solution, relative_error
+
+__all__ = ["alps"]
+
+
+@torch.no_grad()
+def alps(
+    weights: list[torch.Tensor],
+    hessian: torch.Tensor,
+    patterns: list[Pattern],
+    sparsities: list[float],
+    *,
+    damp: float = 0.01,
+    iterations: int = 48,
+    rho: tuple[float, float] = (0.6, 2.0),
+    stages: int = 2,
+    tolerance: float = 1e-4,
+) -> list[Solution]:
+    """ALPS on weights that share one input.
+
+    Args:
+        weights: ``[out_i, in]`` each, any float dtype; not modified.
+        hessian: ``[in, in]``, X^T X up to a positive factor; may be singular or have dead inputs; not modified.
+        patterns: one per weight, any.
+        sparsities: one per weight.
+        damp: ridge as a share of each input's own energy.
+        iterations: ADMM iterations. 24 lose about half a percent of the error, 128 gain a third of one.
+        rho: first and last penalty, in units of a weight's own curvature; geometric in between.
+        stages: how many inverses serve all these penalties.
+        tolerance: the final refinement stops when an iteration gains less than this fraction of the error.
+
+    Returns:
+        One :class:`Solution` per weight, with exactly the zeros its pattern asks for. Inputs that never fire are dropped
+        first; one that the pattern has to keep keeps its dense weight.
+
+    Raises:
+        ValueError: NaN or infinity, shapes that do not match, a pattern that does not fit, rho or counts out of range.
+        torch.linalg.LinAlgError: the Hessian cannot be factorised even with a large ridge (it is not X^T X).
+    """
+    check_problem(weights, hessian, damp)
+    if not len(weights) == len(patterns) == len(sparsities):
+        raise ValueError(f"{len(weights)} weights, {len(patterns)} patterns and {len(sparsities)} sparsities")
+    if not (0 < rho[0] <= rho[1]) or iterations < 1 or stages < 1:
+        raise ValueError(f"rho must rise and be positive, iterations and stages at least 1: {rho}, {iterations}, {stages}")
+    if not weights:
+        return []
+    rows = [len(w) for w in weights]
+    with exact_matmul():
+        matrix, scale, dead = correlation(hessian, damp)
+        inverse, _ = inverse_of(matrix, 0.0)
+        unit = inverse.diagonal().rsqrt()  # the OBS metric: afterwards the inverse has a unit diagonal
+        matrix = matrix.div_(unit).div_(unit[:, None])
+        inverse = inverse.mul_(unit).mul_(unit[:, None])
+        scale = scale * unit
+        dense = torch.cat([w.float() for w in weights]) * scale
+
+        def choose(candidate: torch.Tensor) -> torch.Tensor:
+            return _mask(candidate.square().masked_fill_(dead, 0.0), patterns, sparsities, rows)
+
+        mask, start = _admm(dense, matrix, choose, iterations, rho, stages)
+        fitted = refine(dense, matrix, fast(inverse), mask, start, tolerance=tolerance, iterations=30)
+        solved = unscale(fitted, weights, scale, mask, dead)
+        return [
+            Solution(weight=new, mask=kept, error=relative_error(old.float(), new, hessian.float()))
+            for old, new, kept in zip(weights, solved.split(rows), mask.split(rows), strict=True)
+        ]
+
+
+def _admm(dense, matrix, choose, iterations, rho, stages):
+    """The mask ``[rows, in]`` and the sparse copy S at the end of the ladder; everything in the OBS metric."""
+    mask = choose(dense)
+    sparse = dense * mask
+    change = sparse - dense  # B - W
+    dual = torch.zeros_like(dense)
+    ladder = [rho[0] * (rho[1] / rho[0]) ** (t / max(iterations - 1, 1)) for t in range(iterations)]
+    for part in range(stages):
+        penalties = ladder[part * iterations // stages : (part + 1) * iterations // stages]
+        if not penalties:
+            continue
+        # The middle of the stage: proximal below it, slightly extrapolating above; both converge, and faster than its end.
+        exact, anchor = inverse_of(matrix, (penalties[0] * penalties[-1]) ** 0.5)
+        inverse = fast(exact)
+        del exact
+        for penalty in penalties:
+            pull = change.mul_(anchor - penalty).add_(sparse.sub_(dense), alpha=penalty).sub_(dual)
+            change = (pull.to(inverse.dtype) @ inverse).to(dense.dtype)
+            candidate = dual.div_(penalty).add_(change).add_(dense)  # B + U / rho
+            mask = choose(candidate)
+            sparse = candidate * mask
+            dual = candidate.sub_(sparse).mul_(penalty)
+    return mask, sparse
+
+
+def _mask(scores, patterns, sparsities, rows):
+    """Stacked ``[sum(rows), in]`` mask, each weight ranked on its own by its pattern."""
+    if all(isinstance(p, Unstructured) and p.scope == "tensor" for p in patterns):
+        parts = scores.split(rows)
+        if all(0.0 <= s <= 1.0 for s in sparsities):  # else the pattern's own error below
+            return lowest_mask(scores, [pruned_count(s, p.numel()) for s, p in zip(sparsities, parts, strict=True)], rows)
+    masks = [p.mask(part, s) for p, part, s in zip(patterns, scores.split(rows), sparsities, strict=True)]
+    return torch.cat(masks)
