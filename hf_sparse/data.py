@@ -113,35 +113,38 @@ def load_tokens(source: str, tokenizer, wanted: int | None = None, split: str = 
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is not UTF-8 text: {error}") from error
-        return _encode(tokenizer, text)
+        return _encode(tokenizer, text, special=True)
     rows = _json_rows(path) if path.is_file() else _dataset_rows(source, split)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for where, row in rows:
-        ids += _encode(tokenizer, _row_text(row, tokenizer, where)).tolist() + end
+        text, templated = _row_text(row, tokenizer, where)
+        ids += _encode(tokenizer, text, special=not templated).tolist() + end  # a chat template writes its own BOS
         if wanted is not None and len(ids) >= wanted:
             break
     return torch.tensor(ids, dtype=torch.long)
 
 
-def _encode(tokenizer, text: str) -> torch.Tensor:
+def _encode(tokenizer, text: str, special: bool) -> torch.Tensor:
     longest, tokenizer.model_max_length = (
         tokenizer.model_max_length,
         int(1e30),
     )  # no warning: the text is cut afterwards
     try:
-        return torch.tensor(tokenizer(text).input_ids, dtype=torch.long)
+        return torch.tensor(tokenizer(text, add_special_tokens=special).input_ids, dtype=torch.long)
     finally:
         tokenizer.model_max_length = longest
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows puts a mark in front
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 text: {error}") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not a JSON object a line: {error}") from error
             if not isinstance(row, dict):
@@ -165,11 +168,12 @@ def _dataset_rows(source: str, split: str) -> Iterable[tuple[str, dict]]:
     return ((f"{source}, row {number}", row) for number, row in enumerate(rows))
 
 
-def _row_text(row: dict, tokenizer, where: str) -> str:
+def _row_text(row: dict, tokenizer, where: str) -> tuple[str, bool]:
+    """The text of a row, and whether it comes out of the chat template (and so has its special tokens already)."""
     if isinstance(row.get("text"), str):
-        return row["text"]
+        return row["text"], False
     if isinstance(row.get("messages"), list):
-        return _chat(row["messages"], tokenizer, where)
+        return _chat(row["messages"], tokenizer, where), True
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, list) or isinstance(completion, list):
@@ -177,12 +181,15 @@ def _row_text(row: dict, tokenizer, where: str) -> str:
                 part if isinstance(part, list) else [{"role": role, "content": part}]
                 for role, part in (("user", prompt), ("assistant", completion))
             ]
-            return _chat(as_messages[0] + as_messages[1], tokenizer, where)
-        return f"{prompt}{completion}"
+            return _chat(as_messages[0] + as_messages[1], tokenizer, where), True
+        return f"{prompt}{completion}", False
     raise ValueError(f"{where}: a row has {_ROW_FORMS}; this one has {', '.join(map(repr, row)) or 'nothing'}")
 
 
 def _chat(messages: list, tokenizer, where: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{where}: chat messages need a tokenizer with a chat template, and this model's has none")
-    return tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates raise what they like: roles that must alternate, no system role, ...
+        raise ValueError(f"{where}: the chat template does not take these messages: {error}") from error

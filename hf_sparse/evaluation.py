@@ -36,7 +36,8 @@ def perplexity(
         ``perplexity``, ``loss``, ``windows``, ``windows_available``, ``tokens_scored`` and ``protocol``.
 
     Raises:
-        ValueError: fewer tokens than one window, a window of fewer than two tokens, or longer than the model's positions.
+        ValueError: fewer tokens than one window, a window of fewer than two tokens or longer than the model's positions,
+            or no windows asked for.
     """
     if sequence_length < 2:
         raise ValueError(f"a window needs at least 2 tokens to predict one, got sequence_length={sequence_length}")
@@ -46,6 +47,8 @@ def perplexity(
     available = len(tokens) // sequence_length
     if available == 0:
         raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {sequence_length}")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows is at least 1, got {max_windows}")
     count = available if max_windows is None else min(available, max_windows)
     windows = tokens[: available * sequence_length].view(available, sequence_length)[:count]
     device = next(model.parameters()).device
@@ -67,7 +70,7 @@ def perplexity(
         model.train(was_training)
     mean = total / count
     return {
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "perplexity": math.inf if mean > 700 else math.exp(mean),
         "loss": mean,
         "windows": count,
         "windows_available": available,

@@ -4,6 +4,8 @@ transformers reads GGUF files but marks the result as quantized, although every 
 neither be saved nor trained. Its tensors are moved into a plain model of the same config here.
 """
 
+import importlib.util
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,8 +42,8 @@ def load_tokenizer(source: str, trust_remote_code: bool = False):
 
     _check_exists(source)
     if _is_gguf(source):
-        _needs_gguf()
-        return AutoTokenizer.from_pretrained(str(Path(source).parent), gguf_file=Path(source).name)
+        with _reading_gguf(Path(source)):
+            return AutoTokenizer.from_pretrained(str(Path(source).parent), gguf_file=Path(source).name)
     return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -61,21 +63,25 @@ def _check_exists(source: str) -> None:
         raise FileNotFoundError(f"no such directory: {source}")
 
 
-def _needs_gguf() -> None:
-    import importlib.util
-
+@contextmanager
+def _reading_gguf(path: Path):
+    """Errors of a missing package, of a file that is no GGUF and of a damaged one, in words."""
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError("reading a GGUF file needs the gguf package: pip install 'hf-sparse[gguf]'")
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:  # what the reader meets in its bytes
+        raise ValueError(f"{path} cannot be read as a GGUF file; is it complete? {error!r}") from error
 
 
 def _load_gguf(path: Path, dtype: torch.dtype):
     from transformers import AutoModelForCausalLM
 
-    _needs_gguf()
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
-    expanded = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+    with _reading_gguf(path):
+        expanded = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
     config = expanded.config
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -39,6 +39,6 @@ class Masks(dict[str, torch.Tensor]):
             )  # masked_fill, not *=: 0 * inf is NaN and 0 * -1 is -0
 
     def density(self) -> float:
-        """Fraction of weights kept, over all masks."""
-        kept = sum(int(mask.sum()) for mask in self.values())
-        return kept / max(1, sum(mask.numel() for mask in self.values()))
+        """Fraction of weights kept, over all masks; 1 if there are none."""
+        total = sum(mask.numel() for mask in self.values())
+        return sum(int(mask.sum()) for mask in self.values()) / total if total else 1.0

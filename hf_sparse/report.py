@@ -86,7 +86,9 @@ class SparsityReport:
     @property
     def density(self) -> float:
         """Fraction of nonzeros over the listed parameters."""
-        return sum(p.density * p.numel for p in self.parameters) / max(1, sum(p.numel for p in self.parameters))
+        if not self.parameters:
+            return 1.0  # nothing is sparse
+        return sum(p.density * p.numel for p in self.parameters) / sum(p.numel for p in self.parameters)
 
     @property
     def sparsity(self) -> float:

@@ -9,7 +9,19 @@ from hf_sparse.calibration import as_batches, capture, collect, find_decoder_lay
 from hf_sparse.targets import find_targets
 
 CPU = torch.device("cpu")
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi", "gpt_neox", "gpt2", "opt", "qwen3_moe", "mixtral"]
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3_text",
+    "phi",
+    "gpt_neox",
+    "gpt2",
+    "opt",
+    "qwen3_moe",
+    "mixtral",
+]
 LENGTH = 40  # longer than the sliding windows of 32, so that kinds of layers differ
 
 
@@ -237,7 +249,9 @@ def test_grouping_into_batches_does_not_matter(tiny_model):
 
 
 def test_as_batches_groups_equal_lengths_and_keeps_every_token():
-    batches = as_batches([torch.arange(4), torch.arange(6), torch.arange(4) + 10, {"input_ids": torch.ones(2, 4).long()}], 8)
+    batches = as_batches(
+        [torch.arange(4), torch.arange(6), torch.arange(4) + 10, {"input_ids": torch.ones(2, 4).long()}], 8
+    )
     assert [tuple(b["input_ids"].shape) for b in batches] == [(2, 4), (2, 4), (1, 6)]
     assert batches[0]["input_ids"].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
     from transformers import BatchEncoding
@@ -247,13 +261,17 @@ def test_as_batches_groups_equal_lengths_and_keeps_every_token():
     assert batch["input_ids"].tolist() == [[1, 2], [3, 0]] and batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
-@pytest.mark.parametrize("empty", [[], torch.zeros(0, 5, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long), iter(())])
+@pytest.mark.parametrize(
+    "empty", [[], torch.zeros(0, 5, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long), iter(())]
+)
 def test_no_data_is_an_error(empty):
     with pytest.raises(ValueError, match="there is no calibration data: the batches are empty"):
         as_batches(empty, 8)
 
 
-@pytest.mark.parametrize("bad,name", [(torch.rand(2, 4), "Tensor"), (["a text"], "str"), ([{"text": "a"}], "dict"), ([1.5], "float")])
+@pytest.mark.parametrize(
+    "bad,name", [(torch.rand(2, 4), "Tensor"), (["a text"], "str"), ([{"text": "a"}], "dict"), ([1.5], "float")]
+)
 def test_what_is_not_token_ids_is_an_error(bad, name):
     with pytest.raises(ValueError, match=f"calibration data is token ids or dicts with input_ids, got {name}"):
         as_batches(bad, 8)
@@ -308,7 +326,9 @@ def test_decoder_layers_are_found_by_their_number(tiny_model):
         assert find_decoder_layers(model)[0] == name
     model = tiny_model("llama")
     model.config.num_hidden_layers = 5
-    with pytest.raises(ValueError, match=r"cannot find the decoder layers of LlamaForCausalLM.*num_hidden_layers=5.*model.layers \(2\)"):
+    with pytest.raises(
+        ValueError, match=r"cannot find the decoder layers of LlamaForCausalLM.*num_hidden_layers=5.*model.layers \(2\)"
+    ):
         find_decoder_layers(model)
     plain = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="num_hidden_layers=None, .* Lists of modules seen: none"):
@@ -333,7 +353,9 @@ def _captured_for(layer):
 def test_a_convolution_cannot_be_calibrated():
     block = _Block(nn.Conv1d(2, 2, 3))
     targets = find_targets(nn.ModuleDict({"layers": nn.ModuleList([block])}))
-    with pytest.raises(ValueError, match=r"layers.0.inner.weight is a convolution; .*ignore=\['layers.0.inner.weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.inner.weight is a convolution; .*ignore=\['layers.0.inner.weight'\]"
+    ):
         collect(_captured_for(block), 0, block, targets, "inputs")
     assert not block.before._forward_pre_hooks, "an error leaves no hook behind"
 

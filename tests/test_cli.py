@@ -183,9 +183,7 @@ def test_nan_weights_are_named(tiny_model, tiny_tokenizer, tmp_path, capsys):
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    code, _, err = run(
-        capsys, "prune", tmp_path / "model", "--saliency", "magnitude", "--output", tmp_path / "out"
-    )
+    code, _, err = run(capsys, "prune", tmp_path / "model", "--saliency", "magnitude", "--output", tmp_path / "out")
     assert code == 2 and "model.layers.0.mlp.up_proj.weight holds 1 values that are NaN" in err
     assert not (tmp_path / "out").exists()
 

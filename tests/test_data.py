@@ -1,5 +1,6 @@
 """Text to token ids: every source form, contiguous segments, and every way a source can be wrong."""
 
+import copy
 import json
 import os
 
@@ -108,17 +109,19 @@ def test_blank_lines_are_skipped(tmp_path, tiny_tokenizer):
 
 
 def test_a_tokenizer_without_an_end_token_joins_with_nothing(tmp_path, tiny_tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.eos_token = None
     source = jsonl(tmp_path / "rows.jsonl", {"text": "a"}, {"text": "b"})
-    assert load_tokens(source, tokenizer).tolist() == plain_bytes(tiny_tokenizer, "a") + plain_bytes(tiny_tokenizer, "b")
+    assert load_tokens(source, tokenizer).tolist() == plain_bytes(tiny_tokenizer, "a") + plain_bytes(
+        tiny_tokenizer, "b"
+    )
 
 
 def test_too_short_says_how_much_there_is(text_file, tiny_tokenizer):
     total = len(plain_bytes(tiny_tokenizer, TEXT))
-    with pytest.raises(ValueError, match=rf"text.txt has {total} tokens, enough for {total // 64} segments of 64, but 99 were"):
+    with pytest.raises(
+        ValueError, match=rf"text.txt has {total} tokens, enough for {total // 64} segments of 64, but 99 were"
+    ):
         load_segments(text_file, tiny_tokenizer, 99, 64)
     with pytest.raises(ValueError, match=rf"lower --samples to {total // 64}, or --sequence-length to {total // 99}"):
         load_segments(text_file, tiny_tokenizer, 99, 64)
@@ -134,7 +137,9 @@ def test_sizes_must_be_positive(text_file, tiny_tokenizer, samples, length):
         load_segments(text_file, tiny_tokenizer, samples, length)
 
 
-@pytest.mark.parametrize("source", ["missing.txt", "./missing", "a/b/missing", "~/missing", "missing.jsonl", "missing.json"])
+@pytest.mark.parametrize(
+    "source", ["missing.txt", "./missing", "a/b/missing", "~/missing", "missing.jsonl", "missing.json"]
+)
 def test_a_missing_file(source):
     with pytest.raises(FileNotFoundError, match=f"no such file: {source}"):
         check_source(source)
@@ -189,7 +194,10 @@ def test_no_permission_is_said_in_words(text_file, monkeypatch):
     "second,message",
     [
         ("{broken", "rows.jsonl, line 2: not a JSON object a line"),
-        ("[1]", 'rows.jsonl, line 2: a row is an object with "text", "prompt" with "completion", or "messages", got list'),
+        (
+            "[1]",
+            'rows.jsonl, line 2: a row is an object with "text", "prompt" with "completion", or "messages", got list',
+        ),
         ('{"content": "x", "id": 1}', "line 2: a row has .* this one has 'content', 'id'"),
         ("{}", "line 2: a row has .* this one has nothing"),
         ('{"text": 5}', "line 2: a row has .* this one has 'text'"),
@@ -205,16 +213,41 @@ def test_bad_rows_are_named_by_line(tmp_path, tiny_tokenizer, second, message):
 
 def test_json_lines_that_are_not_utf8(tmp_path, tiny_tokenizer):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes('{"text": "Größe"}\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match="rows.jsonl is not UTF-8 text"):
+    path.write_bytes(b'{"text": "fine"}\n' + '{"text": "Größe"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match="rows.jsonl, line 2: not UTF-8 text"):
         load_tokens(str(path), tiny_tokenizer)
 
 
-def test_messages_without_a_chat_template(tmp_path, tiny_tokenizer):
-    import copy
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, tiny_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n')
+    assert load_tokens(str(path), tiny_tokenizer).tolist()[:-1] == plain_bytes(tiny_tokenizer, "a")
 
+
+def test_a_chat_template_that_writes_its_own_bos_does_not_get_a_second_one(tmp_path, tiny_tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.chat_template = "<|endoftext|>{{ messages[0]['content'] }}"
+    rows = {"messages": MESSAGES[:1]}, {"text": "Hi?"}
+    chat, plain = (load_tokens(jsonl(tmp_path / "r.jsonl", row), tokenizer).tolist() for row in rows)
+    assert chat == plain and chat.count(0) == 1
+
+
+def test_messages_the_template_refuses_are_named_by_line(tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    source = jsonl(tmp_path / "rows.jsonl", {"text": "a"}, {"messages": MESSAGES})
+    with pytest.raises(ValueError, match="line 2: the chat template does not take these messages: roles must alternate"):
+        load_tokens(source, tokenizer)
+
+
+def test_messages_without_a_chat_template(tmp_path, tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = None
     source = jsonl(tmp_path / "rows.jsonl", {"messages": MESSAGES})
-    with pytest.raises(ValueError, match="line 1: chat messages need a tokenizer with a chat template, and this model's has none"):
+    with pytest.raises(
+        ValueError, match="line 1: chat messages need a tokenizer with a chat template, and this model's has none"
+    ):
         load_tokens(source, tokenizer)

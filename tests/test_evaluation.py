@@ -83,6 +83,12 @@ def test_a_diverged_model_is_infinitely_perplexed(tiny_llama):
     assert perplexity(tiny_llama, tokens(64), 32)["perplexity"] == math.inf
 
 
+def test_a_broken_model_is_not_a_number(tiny_llama):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[0, 0] = float("nan")
+    assert math.isnan(perplexity(tiny_llama, tokens(64), 32)["perplexity"])
+
+
 @pytest.mark.parametrize(
     "count,length,message",
     [

@@ -12,7 +12,9 @@ from hf_sparse.hub_cards import render_card, write_card
 
 @pytest.fixture
 def report(tiny_model):
-    config = SparsityConfig(pattern="2:4", saliency="wanda", provenance={"base_model": "someone/tiny", "command": "hf-sparse x"})
+    config = SparsityConfig(
+        pattern="2:4", saliency="wanda", provenance={"base_model": "someone/tiny", "command": "hf-sparse x"}
+    )
     ids = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(0))
     return prune(tiny_model("llama"), config, ids)
 

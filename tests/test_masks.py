@@ -51,7 +51,7 @@ def test_infinite_and_negative_weights_become_plus_zero():
 def test_density_counts_weights_not_tensors():
     masks = Masks(a=torch.tensor([True]), b=torch.tensor([[True, False, False], [False, False, False]]))
     assert masks.density() == 2 / 7
-    assert Masks().density() == 0.0
+    assert Masks().density() == 1.0
 
 
 def test_a_mask_of_another_shape_is_refused_by_name():

@@ -211,7 +211,13 @@ def save_packed(
 
 
 def base_config(config: dict) -> dict:
-    """The config.json of the dense checkpoint that a packed config.json was made from."""
+    """The config.json of the dense checkpoint that a packed config.json was made from.
+
+    Raises:
+        ValueError: it does not say which architecture that was.
+    """
+    if "base_model_type" not in config:
+        raise ValueError("a packed config.json names its architecture in base_model_type; this one does not")
     base = {key: value for key, value in config.items() if key != "quantization_config"}
     base["model_type"] = base.pop("base_model_type")
     base.pop("auto_map", None)

@@ -164,9 +164,9 @@ def pack_tensor(tensor: torch.Tensor, header: Header | None = None) -> torch.Ten
     for piece in (head, struct.pack(f"<{len(header.shape)}Q", *header.shape), _bytes(values), _bytes(positions)):
         packed[at : at + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
         at += len(piece)
-    packed = torch.from_numpy(packed)
-    packed[CRC_AT : CRC_AT + 4] = torch.tensor(list(struct.pack("<I", checksum(packed))), dtype=torch.uint8)
-    return packed
+    crc = checksum(torch.from_numpy(packed))
+    packed[CRC_AT : CRC_AT + 4] = np.frombuffer(struct.pack("<I", crc), dtype=np.uint8)
+    return torch.from_numpy(packed)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview | bytes:

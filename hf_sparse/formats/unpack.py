@@ -91,15 +91,17 @@ def rank_bits(n: int, m: int) -> int:
 @lru_cache
 def combinations(n: int, m: int) -> torch.Tensor:
     """Boolean ``[C(m, n), m]``, the row of rank r being the r-th way to keep n of m in lexicographic order."""
-    places = torch.tensor(list(itertools.combinations(range(m), n)), dtype=torch.int64).reshape(-1, n)
-    return torch.zeros(len(places), m, dtype=torch.bool).scatter_(1, places, True)
+    with torch.device("cpu"):  # whatever default the first caller has: the table is kept
+        places = torch.tensor(list(itertools.combinations(range(m), n)), dtype=torch.int64).reshape(-1, n)
+        return torch.zeros(len(places), m, dtype=torch.bool).scatter_(1, places, True)
 
 
 @lru_cache
 def _bits_of_byte() -> torch.Tensor:
     """int64 ``[256]``: the eight bits of each byte as eight bytes 0 or 1, so that one lookup expands a byte."""
-    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
-    return bits.to(torch.uint8).view(torch.int64).reshape(256)
+    with torch.device("cpu"):
+        bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+        return bits.to(torch.uint8).view(torch.int64).reshape(256)
 
 
 def unpack_bits(packed: torch.Tensor, count: int) -> torch.Tensor:

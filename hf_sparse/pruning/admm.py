@@ -81,7 +81,9 @@ def alps(
     if not len(weights) == len(patterns) == len(sparsities):
         raise ValueError(f"{len(weights)} weights, {len(patterns)} patterns and {len(sparsities)} sparsities")
     if not (0 < rho[0] <= rho[1]) or iterations < 1 or stages < 1:
-        raise ValueError(f"rho must rise and be positive, iterations and stages at least 1: {rho}, {iterations}, {stages}")
+        raise ValueError(
+            f"rho must rise and be positive, iterations and stages at least 1: {rho}, {iterations}, {stages}"
+        )
     if not weights:
         return []
     rows = [len(w) for w in weights]
@@ -136,6 +138,8 @@ def _mask(scores, patterns, sparsities, rows):
     if all(isinstance(p, Unstructured) and p.scope == "tensor" for p in patterns):
         parts = scores.split(rows)
         if all(0.0 <= s <= 1.0 for s in sparsities):  # else the pattern's own error below
-            return lowest_mask(scores, [pruned_count(s, p.numel()) for s, p in zip(sparsities, parts, strict=True)], rows)
+            return lowest_mask(
+                scores, [pruned_count(s, p.numel()) for s, p in zip(sparsities, parts, strict=True)], rows
+            )
     masks = [p.mask(part, s) for p, part, s in zip(patterns, scores.split(rows), sparsities, strict=True)]
     return torch.cat(masks)

@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from hf_sparse.flops import active_share, macs_per_token
-from hf_sparse.formats.pack import choose
+from hf_sparse.formats.pack import nbytes_bitmask, nbytes_nm
 from hf_sparse.patterns import NM, Pattern, parse
 from hf_sparse.report import ParameterReport, SparsityReport
 from hf_sparse.targets import Target, find_targets
 
-__all__ = ["measure", "measure_parameter"]
+__all__ = ["measure", "measure_parameter", "summarize"]
 
 _TWO_FOUR = NM(2, 4)
 
@@ -27,46 +27,48 @@ def measure_parameter(
         share: share of tokens that use it, for the MACs.
     """
     matrix = target.matrix(stored)
-    kept = int((matrix != 0).sum())
+    kept = int(matrix.count_nonzero())
+    conforms, two_four = pattern.check(matrix), _TWO_FOUR.check(matrix)
     dense_bytes = stored.numel() * stored.element_size()
+    shape = tuple(stored.shape)
+    packed_bytes = [dense_bytes, nbytes_bitmask(shape, stored.dtype, kept)]
+    for fitting in {pattern if isinstance(pattern, NM) and conforms else None, _TWO_FOUR if two_four else None} - {
+        None
+    }:
+        packed_bytes.append(nbytes_nm(shape, stored.dtype, fitting.n, fitting.m))
     return ParameterReport(
         name=target.name,
         kind=target.kind,
         shape=list(target.shape),
         pattern=str(pattern),
         density=kept / target.numel,
-        conforms=pattern.check(matrix),
-        two_four=_TWO_FOUR.check(matrix),
+        conforms=conforms,
+        two_four=two_four,
         bytes_dense=dense_bytes,
-        bytes_packed=min(dense_bytes, packing.nbytes) if (packing := choose(stored)) else dense_bytes,
+        bytes_packed=min(packed_bytes),
         macs_per_token=kept * share,
         error=error,
         note=note,
     )
 
 
-def measure(
-    model: nn.Module,
-    targets: dict[str, Target],
-    patterns: dict[str, Pattern] | None = None,
-    errors: dict[str, float] | None = None,
-    notes: dict[str, str] | None = None,
-) -> SparsityReport:
+def measure(model: nn.Module, targets: dict[str, Target], patterns: dict[str, Pattern] | None = None) -> SparsityReport:
     """The report of a model in memory.
 
     Args:
         targets: the parameters to list (:func:`hf_sparse.targets.find_targets`).
-        patterns: what each was pruned to; unstructured where missing.
-        errors, notes: what the run knows beside the weights.
+        patterns: the pattern each is checked against; unstructured where missing.
     """
-    patterns, errors, notes = patterns or {}, errors or {}, notes or {}
+    unstructured = parse("unstructured")
     parameters = []
     for name, target in targets.items():
-        share = active_share(model, target)
-        pattern = patterns.get(name, parse("unstructured"))
-        parameters.append(
-            measure_parameter(target, model.get_parameter(name), pattern, share, errors.get(name), notes.get(name))
-        )
+        pattern = (patterns or {}).get(name, unstructured)
+        parameters.append(measure_parameter(target, model.get_parameter(name), pattern, active_share(model, target)))
+    return summarize(model, parameters)
+
+
+def summarize(model: nn.Module, parameters: list[ParameterReport]) -> SparsityReport:
+    """The report of parameters already measured, with the totals of the model they are part of."""
     everything = find_targets(model, ["re:.*"])
     densities = {p.name: p.density for p in parameters}
     return SparsityReport(

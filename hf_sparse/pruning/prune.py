@@ -22,16 +22,17 @@ from torch import nn
 from hf_sparse import allocation, saliency
 from hf_sparse.calibration import as_batches, capture, collect, find_decoder_layers, mean_gradients
 from hf_sparse.config import CONFIG_KEY, SparsityConfig
+from hf_sparse.flops import active_share
 from hf_sparse.instruments import Timer, device_name, peak_memory, progress_bar, reset_peak_memory, versions
 from hf_sparse.patterns import NM, Channel, Pattern, parse
 from hf_sparse.pruning.admm import alps
-from hf_sparse.pruning.measure import measure
+from hf_sparse.pruning.measure import measure_parameter, summarize
 from hf_sparse.pruning.obs import sparsegpt
 from hf_sparse.pruning.permute import choose_permutation, permute_hidden_units, producers_of
 from hf_sparse.pruning.repair import repair
 from hf_sparse.pruning.resume import FinishedLayers
 from hf_sparse.pruning.solution import Solution, relative_error
-from hf_sparse.report import SparsityReport
+from hf_sparse.report import ParameterReport, SparsityReport
 from hf_sparse.saliency import Statistics
 from hf_sparse.targets import Target, find_targets, match_names
 
@@ -109,7 +110,7 @@ def prune(
     model.eval()
     try:
         with timer("allocation"):
-            plan = _plan(model, config, targets, stack, batches, device, storage)
+            plan = _plan(model, config, targets, stack, batches, device, storage, timer)
         gradients = {}
         if needs == "gradient":
             with timer("gradients"):
@@ -124,14 +125,7 @@ def prune(
     finally:
         model.train(was_training)
 
-    with timer("report"):
-        report = measure(
-            model,
-            targets,
-            patterns={name: plan[name][0] for name in targets},
-            errors=outcome.errors,
-            notes=outcome.notes,
-        )
+    report = summarize(model, [outcome.measured[name] for name in targets])
     _record_config(model, config)
     report.config = getattr(model.config, CONFIG_KEY)
     report.layer_errors = layer_errors
@@ -150,11 +144,19 @@ def prune(
 
 
 class _Outcome:
-    """What is known about each parameter beside its weights: its error and anything out of the ordinary."""
+    """What becomes known about the parameters on the way: errors, anything out of the ordinary, and their final measure."""
 
     def __init__(self):
         self.errors: dict[str, float] = {}
         self.notes: dict[str, str] = {}
+        self.measured: dict[str, ParameterReport] = {}
+
+    def measure(self, model: nn.Module, targets: dict[str, Target], plan: dict[str, tuple[Pattern, float]]) -> None:
+        """Measures parameters where they are now: counting zeros of a large model is quick on the device only."""
+        for name, target in targets.items():
+            weight, share = model.get_parameter(name), active_share(model, target)
+            facts = self.errors.get(name), self.notes.get(name)
+            self.measured[name] = measure_parameter(target, weight, plan[name][0], share, *facts)
 
 
 def _label(name) -> str:
@@ -186,7 +188,7 @@ def _check_weights(model: nn.Module, targets: dict[str, Target]) -> None:
 # ------------------------------------------------------------------------------------------------ how much, in what shape
 
 
-def _plan(model, config, targets, stack, batches, device, storage) -> dict[str, tuple[Pattern, float]]:
+def _plan(model, config, targets, stack, batches, device, storage, timer) -> dict[str, tuple[Pattern, float]]:
     """``{name: (pattern, sparsity)}`` for every target."""
     default = parse(config.pattern)
     plan: dict[str, tuple[Pattern, float]] = {}
@@ -211,7 +213,7 @@ def _plan(model, config, targets, stack, batches, device, storage) -> dict[str, 
         shapes = {n: tuple(model.get_parameter(n).shape) if not t.is_experts else t.shape[1:] for n, t in rest.items()}
         sparsities = allocation.erk(sizes, config.sparsity, shapes, **config.allocation_options)
     elif config.allocation == "owl":
-        sparsities = _owl(model, config, rest, sizes, stack, batches, device, storage)
+        sparsities = _owl(model, config, rest, sizes, stack, batches, device, storage, timer)
     else:
         raise ValueError(
             f"unknown allocation {config.allocation!r}; known are {', '.join(allocation.ALLOCATIONS)} and a dict of sparsities"
@@ -234,7 +236,7 @@ def _plan(model, config, targets, stack, batches, device, storage) -> dict[str, 
     return plan
 
 
-def _owl(model, config, targets, sizes, stack, batches, device, storage) -> dict[str, float]:
+def _owl(model, config, targets, sizes, stack, batches, device, storage, timer) -> dict[str, float]:
     """OWL looks at the dense model, so it has a pass of its own."""
     options = dict(config.allocation_options)
     outlier = options.pop("outlier", 5.0)
@@ -242,7 +244,7 @@ def _owl(model, config, targets, sizes, stack, batches, device, storage) -> dict
     groups, ratios = {}, {}
     for index, layer in enumerate(captured.layers):
         mine = _targets_of(stack[0], index, targets)
-        with _visiting(layer, device):
+        with _visiting(layer, device, timer):
             if mine:
                 statistics = collect(captured, index, layer, mine, "inputs")
                 scores = [
@@ -269,6 +271,7 @@ def _prune_without_inputs(model, config, targets, plan, gradients, progress) -> 
             gradient = target.matrix(gradients[name]) if name in gradients else None
             _prune_group([name], targets, model, config, plan, statistics, outcome, gradient)
             step(name)
+    outcome.measure(model, targets, plan)
     return outcome
 
 
@@ -284,17 +287,14 @@ def _prune_layers(
         for index, layer in enumerate(captured.layers):
             mine = _targets_of(stack[0], index, targets)
             done = store.load(index, model, outcome.errors, outcome.notes, layer_errors) if store else False
-            with timer("transfer"):
-                visit = _visiting(layer, device)
-                visit.__enter__()
-            try:
+            with _visiting(layer, device, timer):
                 if mine and not done:
-                    reference: dict[int, torch.Tensor] = {}
+                    first: dict[int, torch.Tensor] = {}
                     with timer("statistics"):
-                        statistics = collect(captured, index, layer, mine, needs, _keep_first(reference))
+                        statistics = collect(captured, index, layer, mine, needs, _keep_first(first))
                     if config.permute:
                         with timer("permute"):
-                            _permute(model, config, mine, plan, statistics, captured, index, layer, reference[0])
+                            _permute(model, config, mine, plan, statistics, captured, index, layer, first[0])
                     with timer("solve"):
                         for names in _groups(statistics):
                             _prune_group(names, targets, model, config, plan, statistics[names[0]], outcome)
@@ -302,20 +302,26 @@ def _prune_layers(
                     with timer("propagate"):
                         before = captured.hidden[0].to(device, torch.float32, copy=True)  # advance overwrites it
                         captured.advance(index, layer)
-                        dense, pruned = reference[0].float(), captured.hidden[0].to(device, torch.float32)
-                        added = (dense - before).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-                        layer_errors[index] = float((dense - pruned).square().sum() / added)
+                        layer_errors[index] = _layer_error(before, first[0], captured.hidden[0].to(device))
                 else:
                     with timer("propagate"):
                         captured.advance(index, layer)
-            finally:
-                with timer("transfer"):
-                    visit.__exit__(None, None, None)
+                with timer("measure"):
+                    outcome.measure(model, mine, plan)
             if store and mine and not done:
-                store.save(index, list(mine), model, outcome.errors, outcome.notes, layer_errors)
+                # a permutation also moves biases, which are no targets
+                names = [n for n, _ in model.named_parameters() if n.startswith(f"{stack[0]}.{index}.")]
+                names = names if config.permute else list(mine)
+                store.save(index, names, model, outcome.errors, outcome.notes, layer_errors)
             error = f" error {layer_errors[index]:.4f}" if index in layer_errors else ""
             step(f"layer {index + 1}/{len(captured.layers)}{error}")
     return outcome, layer_errors
+
+
+def _layer_error(before: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor) -> float:
+    """How far the layer's outputs moved, relative to what the layer adds to its inputs."""
+    added = (dense.float() - before).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((dense.float() - pruned.float()).square().sum() / added)
 
 
 def _permute(model, config, targets, plan, statistics, captured, index, layer, reference) -> None:
@@ -434,17 +440,16 @@ def _keep_first(reference: dict[int, torch.Tensor]):
 
 
 @contextmanager
-def _visiting(layer: nn.Module, device: torch.device):
+def _visiting(layer: nn.Module, device: torch.device, timer: Timer):
     """A layer on the device for a while, then back where it lives."""
     home = next(layer.parameters()).device
-    if home == device:
-        yield
-        return
-    layer.to(device)
+    with timer("transfer"):
+        layer.to(device)
     try:
         yield
     finally:
-        layer.to(home)
+        with timer("transfer"):
+            layer.to(home)
 
 
 def _record_config(model: nn.Module, config: SparsityConfig) -> None:

@@ -101,7 +101,9 @@ def check_problem(weights: list[torch.Tensor], hessian: torch.Tensor, damp: floa
         raise ValueError("the Hessian has a negative diagonal entry, so it is not X^T X")
     for index, weight in enumerate(weights):
         if weight.dim() != 2 or weight.shape[1] != len(hessian):
-            raise ValueError(f"weight {index} of shape {tuple(weight.shape)} does not fit a Hessian of {len(hessian)} inputs")
+            raise ValueError(
+                f"weight {index} of shape {tuple(weight.shape)} does not fit a Hessian of {len(hessian)} inputs"
+            )
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"weight {index} has NaN or infinite entries")
 

@@ -172,6 +172,16 @@ def test_non_contiguous_and_gradient_weights_pack():
     assert same_bits(unpack_tensor(pack_tensor(torch.nn.Parameter(weight))), weight)
 
 
+def test_another_default_device_changes_nothing():
+    """from_pretrained builds models under the meta device; what is cached there must serve everybody."""
+    combinations.cache_clear()
+    weight = patterned(16, 32)
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            assert same_bits(unpack_tensor(pack_tensor(weight)), weight)
+            assert same_bits(unpack_tensor(pack_tensor(weight[:, :30])), weight[:, :30].contiguous())
+
+
 def test_pack_nm_errors():
     with pytest.raises(ValueError, match="not 2:4: 32 groups have more than 2"):
         pack_nm(torch.ones(8, 16), 2, 4)

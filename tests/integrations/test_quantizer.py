@@ -125,6 +125,59 @@ def test_families(directories, tmp_path, family, shards):
     assert contents(tmp_path / "c") == contents(dense)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stock_class_without_us_refuses(directories, monkeypatch, family):
+    """Where nothing knows our quant_method, transformers only warns about it; the shapes must then stop it."""
+    from transformers.quantizers import auto
+
+    dense, packed = directories(family)
+    kind = type(AutoModelForCausalLM.from_pretrained(dense))
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "hf_sparse")
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "hf_sparse")
+    with pytest.raises(RuntimeError):
+        kind.from_pretrained(packed)
+
+
+def test_tiny_families(any_tiny_model, tmp_path):
+    """The families of conftest, with their embeddings sparse too."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in any_tiny_model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(torch.rand(weight.shape) > 0.6)
+    save_packed(any_tiny_model, tmp_path / "packed")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), any_tiny_model)
+
+
+OTHERS = {
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    ),
+    "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VISION)),  # a 4-D convolution
+    "clip": lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=TEXT, vision_config=VISION)),
+    "gemma3 multimodal": lambda: transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=TEXT | {"head_dim": 16}, vision_config=VISION, mm_tokens_per_image=4)
+    ),
+}
+TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 16, "patch_size": 8}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_not_only_causal_language_models(tmp_path, family):
+    torch.manual_seed(0)
+    model = OTHERS[family]().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(torch.rand(weight.shape) > 0.6)
+    assert save_packed(model, tmp_path / "packed").tensors
+    assert_same(type(model).from_pretrained(tmp_path / "packed"), model)
+
+
 def test_experts_are_packed_one_by_one_and_fused(directories):
     names = {}
     for family in ("mixtral", "qwen3 moe", "gpt_oss", "qwen3.5 moe"):
