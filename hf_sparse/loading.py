@@ -5,6 +5,7 @@ neither be saved nor trained. Its tensors are moved into a plain model of the sa
 """
 
 import importlib.util
+import struct
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _reading_gguf(path: Path):
             raise ValueError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
     try:
         yield
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:  # what the reader meets in its bytes
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error) as error:
         raise ValueError(f"{path} cannot be read as a GGUF file; is it complete? {error!r}") from error
 
 

@@ -228,7 +228,9 @@ def test_a_chat_template_that_writes_its_own_bos_does_not_get_a_second_one(tmp_p
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     tokenizer.chat_template = "<|endoftext|>{{ messages[0]['content'] }}"
     rows = {"messages": MESSAGES[:1]}, {"text": "Hi?"}
     chat, plain = (load_tokens(jsonl(tmp_path / "r.jsonl", row), tokenizer).tolist() for row in rows)
@@ -239,7 +241,9 @@ def test_messages_the_template_refuses_are_named_by_line(tmp_path, tiny_tokenize
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     source = jsonl(tmp_path / "rows.jsonl", {"text": "a"}, {"messages": MESSAGES})
-    with pytest.raises(ValueError, match="line 2: the chat template does not take these messages: roles must alternate"):
+    with pytest.raises(
+        ValueError, match="line 2: the chat template does not take these messages: roles must alternate"
+    ):
         load_tokens(source, tokenizer)
 
 

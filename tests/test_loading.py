@@ -126,7 +126,9 @@ def test_a_directory_without_a_config(tmp_path):
 def test_a_file_that_is_no_gguf(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x")
-    with pytest.raises(ValueError, match="is a file; a model is a Hub id, a directory with config.json, or a .gguf file"):
+    with pytest.raises(
+        ValueError, match="is a file; a model is a Hub id, a directory with config.json, or a .gguf file"
+    ):
         load_model(str(path))
 
 

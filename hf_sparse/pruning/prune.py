@@ -13,28 +13,28 @@ The model is changed in place and stays an ordinary model; :class:`hf_sparse.rep
 
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from hf_sparse import allocation, saliency
+from hf_sparse import saliency
 from hf_sparse.calibration import as_batches, capture, collect, find_decoder_layers, mean_gradients
 from hf_sparse.config import CONFIG_KEY, SparsityConfig
 from hf_sparse.flops import active_share
 from hf_sparse.instruments import Timer, device_name, peak_memory, progress_bar, reset_peak_memory, versions
-from hf_sparse.patterns import NM, Channel, Pattern, parse
+from hf_sparse.patterns import NM, Pattern
 from hf_sparse.pruning.admm import alps
 from hf_sparse.pruning.measure import measure_parameter, summarize
 from hf_sparse.pruning.obs import sparsegpt
 from hf_sparse.pruning.permute import choose_permutation, permute_hidden_units, producers_of
+from hf_sparse.pruning.plan import make_plan, targets_of, visiting
 from hf_sparse.pruning.repair import repair
 from hf_sparse.pruning.resume import FinishedLayers
 from hf_sparse.pruning.solution import Solution, relative_error
 from hf_sparse.report import ParameterReport, SparsityReport
 from hf_sparse.saliency import Statistics
-from hf_sparse.targets import Target, find_targets, match_names
+from hf_sparse.targets import Target, find_targets
 
 __all__ = ["prune"]
 
@@ -110,7 +110,7 @@ def prune(
     model.eval()
     try:
         with timer("allocation"):
-            plan = _plan(model, config, targets, stack, batches, device, storage, timer)
+            plan = make_plan(model, config, targets, stack, batches, device, storage, timer)
         gradients = {}
         if needs == "gradient":
             with timer("gradients"):
@@ -185,80 +185,6 @@ def _check_weights(model: nn.Module, targets: dict[str, Target]) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------ how much, in what shape
-
-
-def _plan(model, config, targets, stack, batches, device, storage, timer) -> dict[str, tuple[Pattern, float]]:
-    """``{name: (pattern, sparsity)}`` for every target."""
-    default = parse(config.pattern)
-    plan: dict[str, tuple[Pattern, float]] = {}
-    for entry, value in config.overrides.items():
-        for name in match_names(entry, targets):
-            if name in plan:
-                continue
-            pattern = parse(value) if isinstance(value, str) else default
-            if not isinstance(value, str) and pattern.implied_sparsity is not None:
-                pattern = parse("unstructured") if value != 0.0 else pattern
-            sparsity = value if not isinstance(value, str) else pattern.implied_sparsity
-            plan[name] = (pattern, config.sparsity if sparsity is None else float(sparsity))
-    rest = {name: target for name, target in targets.items() if name not in plan}
-    sizes = {name: target.numel for name, target in rest.items()}
-    if not rest:
-        sparsities = {}
-    elif isinstance(config.allocation, dict):
-        sparsities = allocation.from_dict(config.allocation, rest)
-    elif config.allocation == "uniform":
-        sparsities = allocation.uniform(sizes, config.sparsity)
-    elif config.allocation == "erk":
-        shapes = {n: tuple(model.get_parameter(n).shape) if not t.is_experts else t.shape[1:] for n, t in rest.items()}
-        sparsities = allocation.erk(sizes, config.sparsity, shapes, **config.allocation_options)
-    elif config.allocation == "owl":
-        sparsities = _owl(model, config, rest, sizes, stack, batches, device, storage, timer)
-    else:
-        raise ValueError(
-            f"unknown allocation {config.allocation!r}; known are {', '.join(allocation.ALLOCATIONS)} and a dict of sparsities"
-        )
-    if isinstance(default, NM) and config.allocation != "uniform" and rest:
-        counts = allocation.nm_mix(sparsities, sizes, default.m)
-        plan.update({name: (NM(count, default.m), 1.0 - count / default.m) for name, count in counts.items()})
-    elif default.implied_sparsity is not None:
-        plan.update(dict.fromkeys(rest, (default, default.implied_sparsity)))
-    else:
-        plan.update({name: (default, sparsities[name]) for name in rest})
-    for name, (pattern, sparsity) in plan.items():
-        reason = pattern.fits(targets[name].shape) if sparsity > 0 else None
-        if reason:
-            raise ValueError(f"pattern {pattern} does not fit {name}: {reason}. Ignore it or override its pattern")
-        if isinstance(pattern, Channel) and config.saliency in saliency.SOLVERS:
-            raise ValueError(
-                f"{config.saliency} cannot prune whole channels; choose wanda or magnitude for pattern 'channel'"
-            )
-    return plan
-
-
-def _owl(model, config, targets, sizes, stack, batches, device, storage, timer) -> dict[str, float]:
-    """OWL looks at the dense model, so it has a pass of its own."""
-    options = dict(config.allocation_options)
-    outlier = options.pop("outlier", 5.0)
-    captured = capture(model, *stack, batches, device, storage)
-    groups, ratios = {}, {}
-    for index, layer in enumerate(captured.layers):
-        mine = _targets_of(stack[0], index, targets)
-        with _visiting(layer, device, timer):
-            if mine:
-                statistics = collect(captured, index, layer, mine, "inputs")
-                scores = [
-                    saliency.wanda(matrix.float(), one)
-                    for name, target in mine.items()
-                    for matrix, one in _matrices(target, model.get_parameter(name), statistics[name])
-                    if one.sum_squares is not None
-                ]
-                ratios[index] = allocation.outlier_ratio(scores, outlier)
-                groups.update(dict.fromkeys(mine, index))
-            captured.advance(index, layer)
-    return allocation.owl(sizes, config.sparsity, groups, ratios, **options)
-
-
 # ------------------------------------------------------------------------------------------------------- the loop itself
 
 
@@ -285,9 +211,9 @@ def _prune_layers(
         captured = capture(model, *stack, batches, device, storage)
     with progress_bar(progress, "pruning", len(captured.layers)) as step:
         for index, layer in enumerate(captured.layers):
-            mine = _targets_of(stack[0], index, targets)
+            mine = targets_of(stack[0], index, targets)
             done = store.load(index, model, outcome.errors, outcome.notes, layer_errors) if store else False
-            with _visiting(layer, device, timer):
+            with visiting(layer, device, timer):
                 if mine and not done:
                     first: dict[int, torch.Tensor] = {}
                     with timer("statistics"):
@@ -412,12 +338,6 @@ def _solve(chosen, config, weights, statistics, patterns, sparsities, names, exp
     return solutions
 
 
-def _matrices(target: Target, parameter: torch.Tensor, statistics):
-    """``(matrix, statistics)`` pairs of a parameter: one, or one per expert."""
-    matrix = target.matrix(parameter.data)
-    return zip(matrix, statistics, strict=True) if target.is_experts else [(matrix, statistics)]
-
-
 def _groups(statistics: dict) -> list[list[str]]:
     """Names that share one Statistics object, in order."""
     groups: dict[int, list[str]] = {}
@@ -426,30 +346,12 @@ def _groups(statistics: dict) -> list[list[str]]:
     return list(groups.values())
 
 
-def _targets_of(stack: str, index: int, targets: dict[str, Target]) -> dict[str, Target]:
-    prefix = f"{stack}.{index}."
-    return {name: target for name, target in targets.items() if name.startswith(prefix)}
-
-
 def _keep_first(reference: dict[int, torch.Tensor]):
     def on_output(batch: int, output: torch.Tensor) -> None:
         if batch == 0:  # one batch is sample enough to say how far the layer moved
             reference[0] = output
 
     return on_output
-
-
-@contextmanager
-def _visiting(layer: nn.Module, device: torch.device, timer: Timer):
-    """A layer on the device for a while, then back where it lives."""
-    home = next(layer.parameters()).device
-    with timer("transfer"):
-        layer.to(device)
-    try:
-        yield
-    finally:
-        with timer("transfer"):
-            layer.to(home)
 
 
 def _record_config(model: nn.Module, config: SparsityConfig) -> None:

@@ -241,7 +241,7 @@ def _exact(dense: torch.Tensor, matrix: torch.Tensor, mask: torch.Tensor) -> tor
             if not bool(info.any()):
                 break
         else:
-            raise torch.linalg.LinAlgError("the Hessian is not positive semi-definite; it is not X^T X of any inputs")
+            raise torch.linalg.LinAlgError("the Hessian is not positive definite on a row's support; it is not X^T X of any inputs")
         rows = ((group >= first) & (group < first + chunk)).nonzero().squeeze(1)
         for low in range(0, len(rows), chunk):  # a row each of its own factor, so many at a time
             some = rows[low : low + chunk]

@@ -1,0 +1,115 @@
+"""The plan: which pattern and how much sparsity each parameter gets, decided before any weight changes.
+
+Overrides come first and stand outside the average; the rest share the average by the config's allocation. With an n:m
+pattern and an allocation that is not uniform, parameters get different n for the same m.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from hf_sparse import allocation, saliency
+from hf_sparse.calibration import capture, collect
+from hf_sparse.instruments import Timer
+from hf_sparse.patterns import NM, Channel, Pattern, parse
+from hf_sparse.targets import Target, match_names
+
+__all__ = ["Plan", "make_plan", "targets_of", "visiting"]
+
+Plan = dict[str, tuple[Pattern, float]]  # {parameter name: (pattern, sparsity)}
+
+
+def make_plan(model, config, targets, stack, batches, device, storage, timer) -> dict[str, tuple[Pattern, float]]:
+    """``{name: (pattern, sparsity)}`` for every target."""
+    default = parse(config.pattern)
+    plan: dict[str, tuple[Pattern, float]] = {}
+    for entry, value in config.overrides.items():
+        for name in match_names(entry, targets):
+            if name in plan:
+                continue
+            pattern = parse(value) if isinstance(value, str) else default
+            if not isinstance(value, str) and pattern.implied_sparsity is not None:
+                pattern = parse("unstructured") if value != 0.0 else pattern
+            sparsity = value if not isinstance(value, str) else pattern.implied_sparsity
+            plan[name] = (pattern, config.sparsity if sparsity is None else float(sparsity))
+    rest = {name: target for name, target in targets.items() if name not in plan}
+    sizes = {name: target.numel for name, target in rest.items()}
+    if not rest:
+        sparsities = {}
+    elif isinstance(config.allocation, dict):
+        sparsities = allocation.from_dict(config.allocation, rest)
+    elif config.allocation == "uniform":
+        sparsities = allocation.uniform(sizes, config.sparsity)
+    elif config.allocation == "erk":
+        shapes = {n: tuple(model.get_parameter(n).shape) if not t.is_experts else t.shape[1:] for n, t in rest.items()}
+        sparsities = allocation.erk(sizes, config.sparsity, shapes, **config.allocation_options)
+    elif config.allocation == "owl":
+        sparsities = _owl(model, config, rest, sizes, stack, batches, device, storage, timer)
+    else:
+        raise ValueError(
+            f"unknown allocation {config.allocation!r}; known are {', '.join(allocation.ALLOCATIONS)} and a dict of sparsities"
+        )
+    if isinstance(default, NM) and config.allocation != "uniform" and rest:
+        counts = allocation.nm_mix(sparsities, sizes, default.m)
+        plan.update({name: (NM(count, default.m), 1.0 - count / default.m) for name, count in counts.items()})
+    elif default.implied_sparsity is not None:
+        plan.update(dict.fromkeys(rest, (default, default.implied_sparsity)))
+    else:
+        plan.update({name: (default, sparsities[name]) for name in rest})
+    for name, (pattern, sparsity) in plan.items():
+        reason = pattern.fits(targets[name].shape) if sparsity > 0 else None
+        if reason:
+            raise ValueError(f"pattern {pattern} does not fit {name}: {reason}. Ignore it or override its pattern")
+        if isinstance(pattern, Channel) and config.saliency in saliency.SOLVERS:
+            raise ValueError(
+                f"{config.saliency} cannot prune whole channels; choose wanda or magnitude for pattern 'channel'"
+            )
+    return plan
+
+
+def _owl(model, config, targets, sizes, stack, batches, device, storage, timer) -> dict[str, float]:
+    """OWL looks at the dense model, so it has a pass of its own."""
+    options = dict(config.allocation_options)
+    outlier = options.pop("outlier", 5.0)
+    captured = capture(model, *stack, batches, device, storage)
+    groups, ratios = {}, {}
+    for index, layer in enumerate(captured.layers):
+        mine = targets_of(stack[0], index, targets)
+        with visiting(layer, device, timer):
+            if mine:
+                statistics = collect(captured, index, layer, mine, "inputs")
+                scores = [
+                    saliency.wanda(matrix.float(), one)
+                    for name, target in mine.items()
+                    for matrix, one in _matrices(target, model.get_parameter(name), statistics[name])
+                    if one.sum_squares is not None
+                ]
+                ratios[index] = allocation.outlier_ratio(scores, outlier)
+                groups.update(dict.fromkeys(mine, index))
+            captured.advance(index, layer)
+    return allocation.owl(sizes, config.sparsity, groups, ratios, **options)
+
+
+def targets_of(stack: str, index: int, targets: dict[str, Target]) -> dict[str, Target]:
+    prefix = f"{stack}.{index}."
+    return {name: target for name, target in targets.items() if name.startswith(prefix)}
+
+
+def _matrices(target: Target, parameter: torch.Tensor, statistics):
+    """``(matrix, statistics)`` pairs of a parameter: one, or one per expert."""
+    matrix = target.matrix(parameter.data)
+    return zip(matrix, statistics, strict=True) if target.is_experts else [(matrix, statistics)]
+
+
+@contextmanager
+def visiting(layer: nn.Module, device: torch.device, timer: Timer):
+    """A layer on the device for a while, then back where it lives."""
+    home = next(layer.parameters()).device
+    with timer("transfer"):
+        layer.to(device)
+    try:
+        yield
+    finally:
+        with timer("transfer"):
+            layer.to(home)
