@@ -17,7 +17,7 @@ from hf_sparse.targets import Target, match_names
 __all__ = ["ALLOCATIONS", "erk", "from_dict", "nm_mix", "outlier_ratio", "owl", "uniform"]
 
 Sizes = dict[str, int]  # {parameter name: number of weights}
-ALLOCATIONS = ("uniform", "erk", "owl")
+ALLOCATIONS = {"uniform": (), "erk": (), "owl": ("lam", "outlier")}  # {name: its options}
 
 
 def uniform(sizes: Sizes, sparsity: float) -> dict[str, float]:
@@ -49,9 +49,7 @@ def erk(sizes: Sizes, sparsity: float, shapes: dict[str, tuple[int, ...]]) -> di
         over = [name for name in open_names if scale * raw[name] > 1.0]
         if not over:
             break
-        # only the largest becomes dense in one go: the scale of the others changes with it
-        highest = max(raw[name] for name in over)
-        dense.update(name for name in over if raw[name] == highest)
+        dense.update(over)  # capping some frees weights and raises the scale, so none of them comes back below 1
     return _whole_weights({name: 0.0 if name in dense else 1.0 - scale * raw[name] for name in sizes}, sizes)
 
 

@@ -134,7 +134,7 @@ class Captured:
     def advance(self, index: int, layer: nn.Module) -> None:
         """Replaces the stored hidden states by this layer's outputs."""
         for batch in range(len(self.hidden)):
-            self.hidden[batch].copy_(self.run(index, batch, layer), non_blocking=True)
+            self.hidden[batch].copy_(self.run(index, batch, layer))
 
 
 @torch.no_grad()

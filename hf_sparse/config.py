@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse import patterns, saliency
+from hf_sparse.allocation import ALLOCATIONS
 
 __all__ = ["CONFIG_KEY", "CONFIG_VERSION", "SparsityConfig"]
 
@@ -86,6 +87,8 @@ class SparsityConfig:
             )
         if implied is not None:
             self.sparsity = implied
+        self.ignore = [] if self.ignore is None else self.ignore  # an empty entry in YAML
+        self.overrides = {} if self.overrides is None else self.overrides
         for name in ("targets", "ignore"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -104,6 +107,14 @@ class SparsityConfig:
             for name, value in self.allocation.items():
                 _checked_regex(name)
                 _checked_sparsity(value, f"the allocation of {name!r}")
+        elif self.allocation not in ALLOCATIONS:
+            hint = _near(self.allocation, ALLOCATIONS, "known are a dict of sparsities,")
+            raise ValueError(f"unknown allocation {self.allocation!r}{hint}")
+        options = () if isinstance(self.allocation, dict) else ALLOCATIONS[self.allocation]
+        for name in self.allocation_options:
+            if name not in options:
+                what = "of a dict" if isinstance(self.allocation, dict) else repr(self.allocation)
+                raise ValueError(f"allocation {what} has no option {name!r}; it has {', '.join(options) or 'none'}")
         if self.permute and implied is None:
             raise ValueError(
                 f"permute reorders channels for an n:m pattern; with pattern {self.pattern!r} it has no effect"
@@ -139,9 +150,7 @@ class SparsityConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in content:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}"
-                raise ValueError(f"unknown field {name!r} in a sparsity config{hint}")
+                raise ValueError(f"unknown field {name!r} in a sparsity config{_near(name, known, 'the fields are')}")
         return cls(**content)
 
     @classmethod
@@ -183,7 +192,14 @@ def _checked_sparsity(value, what: str) -> float:
     return float(value)
 
 
+def _near(name, known, otherwise: str) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; {otherwise} {', '.join(known)}"
+
+
 def _checked_regex(entry: str) -> None:
+    if not isinstance(entry, str):
+        raise ValueError(f"targets are named by strings, got {entry!r}")
     if entry.startswith("re:"):
         try:
             re.compile(entry[3:])

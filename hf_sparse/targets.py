@@ -9,7 +9,8 @@ Found by structure, never by a table of class names:
 * weights of ``nn.Linear``, ``Conv1D`` and convolutions,
 * fused experts: 3-D parameters of a module that also says how many experts it has, their first dimension.
 
-Dense unless asked for by name: embeddings, the output head, routers (whose rows are experts), norms, biases.
+Dense unless asked for by name: embeddings, the output head, routers (whose rows are experts) and the gates of shared
+experts, depthwise convolutions (a handful of weights per channel, as in RigL and in hybrid models), norms, biases.
 A tensor reached under two names (tied weights) is one parameter and is listed once.
 
 Grammar of ``targets`` and ``ignore`` (that of compressed-tensors): a parameter name, a module name, the last component of
@@ -150,7 +151,9 @@ def _candidates(model: nn.Module) -> dict[str, tuple[Target, bool]]:
                 continue
             seen.add(id(parameter))
             target = Target(name, module_name, type(module).__name__, shape, layout)
-            by_default = id(parameter) not in heads and not _is_router(module_name, shape, expert_counts)
+            by_default = not (
+                id(parameter) in heads or _is_router(module_name, shape, expert_counts) or _is_depthwise(module)
+            )
             found[name] = (target, by_default)
     return found
 
@@ -224,13 +227,17 @@ def _embeddings_and_heads(model: nn.Module) -> set[int]:
 
 
 def _is_router(module_name: str, shape: tuple[int, ...], expert_counts: dict[str, int]) -> bool:
-    """A linear that scores experts: one row per expert of a mixture in the same block."""
+    """A linear that scores experts: one row per expert of a mixture in the same block, or one for its shared expert."""
     if len(shape) != 2:
         return False
     parts = module_name.split(".")
     for depth in (1, 2):  # block.gate beside block.experts, or block.router.layer
         parent = ".".join(parts[:-depth])
         for experts, count in expert_counts.items():
-            if shape[0] == count and experts.rpartition(".")[0] == parent and experts != module_name:
+            if shape[0] in (1, count) and experts.rpartition(".")[0] == parent and experts != module_name:
                 return True
     return False
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == module.in_channels > 1

@@ -26,10 +26,21 @@ LENGTH = 40  # longer than the sliding windows of 32, so that kinds of layers di
 
 
 def build(tiny_model, family: str):
-    if family != "gpt_oss":
+    if family not in ("gpt_oss", "lfm2"):
         return tiny_model(family)
-    from transformers import AutoModelForCausalLM, GptOssConfig
+    from transformers import AutoModelForCausalLM, GptOssConfig, Lfm2Config
 
+    if family == "lfm2":  # layers of convolutions between layers of attention
+        config = Lfm2Config(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_hidden_layers=3,
+            layer_types=["conv", "full_attention", "conv"],
+        )
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     attention = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=16)
     experts = dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=24)
     config = GptOssConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, **attention, **experts)
@@ -71,7 +82,7 @@ def silu_gate(gate_up, experts):
 
 @torch.no_grad()
 def brute_force(model, batches) -> tuple[dict, list[torch.Tensor]]:
-    """``{target name: [rows] or {expert: [rows]}}`` seen by the stock forward, padding left out, and its last layers' outputs."""
+    """``({target name: [rows] or {expert: [rows]}} without padding, the last layer's outputs)`` of the stock forward."""
     rows, current, handles, final = {}, {}, [], []
     targets = find_targets(model)
 
@@ -145,7 +156,7 @@ def compare(found, rows, what="hessian"):
             assert_sees(statistics, rows[name], what)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss", "lfm2"])
 def test_statistics_are_those_of_the_models_own_forward(tiny_model, family):
     model = build(tiny_model, family)
     batches = as_batches(tokens(), tokens_per_step=2 * LENGTH)
@@ -167,15 +178,18 @@ def test_padding_is_left_out_on_either_side(tiny_model, family, side):
     for row, padding in enumerate((0, 7, 30)):
         mask[row, slice(0, padding) if side == "left" else slice(LENGTH - padding, None)] = 0
     ids[mask == 0] = 0
-    batches = as_batches([{"input_ids": ids, "attention_mask": mask, "labels": ids}], tokens_per_step=2048)
-    assert len(batches) == 1 and set(batches[0]) == {"input_ids", "attention_mask"}
+    parts = [slice(0, 2), slice(1, 3)]  # two batches of one shape and different padding
+    rows = [{"input_ids": ids[part], "attention_mask": mask[part], "labels": ids[part]} for part in parts]
+    batches = as_batches(rows, tokens_per_step=2048)
+    assert len(batches) == 2 and set(batches[0]) == {"input_ids", "attention_mask"}
     rows, final = brute_force(model, batches)
     found, hidden, _ = calibrate(model, batches)
     compare(found, rows)
     seen = [one.tokens for one in found.values() if not isinstance(one, list)]
-    assert set(seen) == {int(mask.sum())}
-    kept = mask.bool()
-    torch.testing.assert_close(hidden[0][kept], final[0][kept], rtol=1e-4, atol=1e-5)
+    assert set(seen) == {int(mask[:2].sum() + mask[1:].sum())}
+    for part, mine, wanted in zip(parts, hidden, final, strict=True):
+        kept = mask[part].bool()
+        torch.testing.assert_close(mine[kept], wanted[kept], rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_without_hessians(tiny_model):
@@ -235,7 +249,7 @@ def test_grouping_into_batches_does_not_matter(tiny_model):
         for form, step in [
             (ids, 1),
             (ids, 10**6),
-            ([row for row in ids], 2 * LENGTH),
+            (list(ids), 2 * LENGTH),
             ([{"input_ids": ids[:2], "attention_mask": torch.ones_like(ids[:2])}, {"input_ids": ids[2:]}], 3 * LENGTH),
             ([row.tolist() for row in ids], 2048),
         ]

@@ -8,12 +8,11 @@ from hf_sparse.config import CONFIG_KEY, CONFIG_VERSION, SparsityConfig
 
 
 def rich_config() -> SparsityConfig:
-    """A config that differs from the default in every field."""
+    """A config that differs from the default in every field but the options of a named allocation."""
     return SparsityConfig(
         pattern="2:4",
         saliency="ria",
         allocation={"re:.*mlp.*": 0.25, "re:.*": 0.5},
-        allocation_options={"lam": 0.1},
         overrides={"re:.*down_proj": 0.0, "q_proj": "1:4"},
         targets=["Linear", "re:.*experts"],
         ignore=["lm_head"],
@@ -26,7 +25,15 @@ def rich_config() -> SparsityConfig:
     )
 
 
-@pytest.mark.parametrize("config", [SparsityConfig(), rich_config()], ids=["default", "rich"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SparsityConfig(),
+        rich_config(),
+        SparsityConfig(allocation="owl", allocation_options={"lam": 0.1, "outlier": 7.0}),
+    ],
+    ids=["default", "rich", "owl"],
+)
 def test_round_trips(config, tmp_path):
     assert SparsityConfig.from_dict(config.to_dict()) == config
     (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
@@ -117,6 +124,13 @@ def test_a_callable_saliency_is_recorded_by_name():
         ({"overrides": {"q_proj": 80}}, r"the override of 'q_proj' is the fraction of zeros.* did you mean 0.8\?"),
         ({"overrides": {"q_proj": "2:x"}}, "unknown pattern '2:x'"),
         ({"allocation": {"q_proj": 1.5}}, "the allocation of 'q_proj' is the fraction of zeros"),
+        ({"allocation": "owll"}, r"unknown allocation 'owll'; did you mean 'owl'\?"),
+        ({"allocation": "zzz"}, "unknown allocation 'zzz'; known are a dict of sparsities, uniform, erk, owl"),
+        ({"allocation": None}, "unknown allocation None"),
+        ({"allocation": "owl", "allocation_options": {"lamda": 1}}, "'owl' has no option 'lamda'; it has lam, outlier"),
+        ({"allocation_options": {"lam": 1}}, "'uniform' has no option 'lam'; it has none"),
+        ({"allocation": {"re:.*": 0.5}, "allocation_options": {"lam": 1}}, "allocation of a dict has no option 'lam'"),
+        ({"targets": [1]}, "targets are named by strings, got 1"),
         ({"permute": True}, "permute reorders channels for an n:m pattern; with pattern 'unstructured'"),
         ({"block_size": 0}, "block_size is a number of columns >= 1, got 0"),
         ({"damp": -1}, "damp is a fraction >= 0 of the Hessian's mean diagonal, got -1"),
@@ -165,6 +179,11 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(ValueError, match="a mapping of fields"):
         SparsityConfig.from_file(tmp_path / "empty.yaml")
+
+
+def test_an_empty_entry_in_yaml_is_an_empty_list(tmp_path):
+    (tmp_path / "c.yaml").write_text("sparsity: 0.5\nignore:\noverrides:\ntargets:\n")
+    assert SparsityConfig.from_file(tmp_path / "c.yaml") == SparsityConfig()
 
 
 def test_yaml_keeps_the_order_and_is_readable():

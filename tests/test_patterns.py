@@ -90,12 +90,10 @@ def test_a_mask_is_what_sorting_by_score_and_index_drops(text, shape, sparsity, 
     assert pattern.check(torch.where(mask, 1.5, 0.0))
 
 
-@pytest.mark.parametrize("text", EVERY)
+@pytest.mark.parametrize("text", [text for text in EVERY if ":" not in text])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
 def test_counts_are_exact_at_the_ends_and_in_the_middle(text, sparsity):
     pattern = parse(text)
-    if pattern.implied_sparsity is not None and pattern.implied_sparsity != sparsity:
-        pytest.skip("n:m fixes its sparsity")
     scores = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
     assert int((~pattern.mask(scores, sparsity)).sum()) == round(sparsity * scores.numel())
 

@@ -248,6 +248,27 @@ def test_a_router_made_of_a_linear_beside_its_experts_is_dense():
     assert list(find_targets(model, ["gate"])) == ["block.gate.weight"]
 
 
+def test_the_gate_of_a_shared_expert_is_dense(tiny_model):
+    from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+
+    base = {k: v for k, v in tiny_model("llama").config.to_dict().items() if k in ("vocab_size", "hidden_size")}
+    size = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    model = AutoModelForCausalLM.from_config(Qwen2MoeConfig(**base, **size, **experts))
+    assert model.model.layers[0].mlp.shared_expert_gate.weight.shape == (1, 64)
+    kinds = {t.kind for t in find_targets(model).values()}
+    assert "shared_expert_gate" not in kinds and {"gate_proj", "experts.down_proj"} <= kinds
+    assert len(find_targets(model, ["shared_expert_gate"])) == 1
+
+
+def test_depthwise_convolutions_are_dense_unless_named():
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(1, 4, 3)
+    )
+    assert list(find_targets(model)) == ["1.weight", "2.weight", "3.weight"]
+    assert list(find_targets(model, ["0"])) == ["0.weight"]
+
+
 def test_match_names_keeps_the_order_of_the_targets():
     targets = {n: Target(n, n.removesuffix(".weight"), "Linear", (2, 2), "matrix") for n in ("b.weight", "a.weight")}
     assert match_names("Linear", targets) == ["b.weight", "a.weight"]

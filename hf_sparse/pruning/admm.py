@@ -10,21 +10,25 @@ the two difficulties over two copies, B fitting the outputs and S sparse, and pu
 A small rho lets the mask move, a large one freezes it; then the kept weights are re-fitted (:mod:`hf_sparse.pruning.repair`).
 Rows with the same input (q/k/v, gate/up) are one tall problem; the mask of each weight is ranked on its own.
 
-Three things differ from the published algorithm; together they find better masks with a tenth of the work:
+Three things differ from the published algorithm:
 
 * **The metric.** ALPS measures weights in units of their input's norm, w_j sqrt(G_jj): what dropping costs when nothing
   else may change. Here the unit is the Optimal Brain Surgeon's, w_j / sqrt([G^-1]_jj): what it costs after the others were
-  re-fitted. In this metric rho = 1 is the curvature of a single weight, one range of rho serves every layer tried, and
-  32 iterations find better masks than 300 in the other one.
-* **Few factorisations.** (G + rho I)^-1 for each new rho would need an eigendecomposition (ALPS: float64, minutes for 11008
-  inputs). A proximal term (r - rho)/2 |B - B_previous|^2 in the first step replaces G + rho I by G + r I: rho moves in every
+  re-fitted. In this metric rho = 1 is the curvature of a single weight, and one range of rho served all layers tried.
+* **Few factorisations.** (G + rho I)^-1 for each new rho would need an eigendecomposition (ALPS: in
+  float64). A proximal term (r - rho)/2 |B - B_previous|^2 in the first step replaces G + rho I by G + r I: rho moves in every
   iteration while r takes ``stages`` values. With the inverse for the metric (kept as the preconditioner) that is three
   Cholesky inverses per Hessian.
 * **Differences.** The first step is written in W - B, never through W G: the large directions of G cancel before anything is
-  multiplied, so bfloat16 products give the same masks as float32 on a GPU.
+  multiplied. bfloat16 products, emulated on a CPU, change 1 to 4% of the mask and less than 0.1% of the error.
 
-The ridge is ``damp`` times each input's own energy (see repair): heavy-tailed activations make a ridge on the mean so large that
-most inputs drown in it.
+The ridge is ``damp`` times each input's own energy (see repair): where few inputs have huge activations, most others would
+drown in a ridge on the mean.
+
+Measured on layers 0, 5, 15 and 29 of SmolLM2-135M (50, 60, 70% and 2:4; 32k tokens of WikiText-2) against the authors' code:
+the calibration error is lower on all 112 matrices (1 to 4% on gate and up, 1 to 13% on down, 1 to 11% in attention, 5 to 38% in
+layer 0's attention, much of it the ridge), on other text between 33% lower and 0.7% higher. The settings were chosen on some
+of these same matrices and, for the ridge, that same text. On an ill-conditioned synthetic problem at 80% it is 8 to 13% worse.
 
 Cost for weights [R, n] in total: 3 factorisations and inverses (n^3 multiply-adds each), ``iterations`` products of 2 R n^2
 FLOP in bf16, and about 10 conjugate-gradient steps of 2 R n^2 in fp32. For one layer of Llama-2-7B (q, k, v, o, gate, up with
@@ -64,7 +68,7 @@ def alps(
         patterns: one per weight, any.
         sparsities: one per weight.
         damp: ridge as a share of each input's own energy.
-        iterations: ADMM iterations. 24 lose about half a percent of the error, 128 gain a third of one.
+        iterations: ADMM iterations. 24 raise the error by about 1%, 128 lower it by half a percent.
         rho: first and last penalty, in units of a weight's own curvature; geometric in between.
         stages: how many inverses serve all these penalties.
         tolerance: the final refinement stops when an iteration gains less than this fraction of the error.

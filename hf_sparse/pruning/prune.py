@@ -330,7 +330,8 @@ def _solve(chosen, config, weights, statistics, patterns, sparsities, names, exp
             solutions.append(Solution(weight.masked_fill(~mask, 0.0), mask, 0.0))
     hessian = statistics.hessian
     if config.repair and hessian is not None and statistics.tokens:
-        repaired = repair(weights, hessian, [s.mask for s in solutions])
+        start = [s.weight for s in solutions]
+        repaired = repair(weights, hessian, [s.mask for s in solutions], damp=config.damp, start=start)
         solutions = [Solution(weight, s.mask, 0.0) for weight, s in zip(repaired, solutions, strict=True)]
     if hessian is not None and not (chosen in saliency.SOLVERS and not config.repair):
         for weight, solution in zip(weights, solutions, strict=True):

@@ -76,11 +76,16 @@ for name in ("llama", "mixtral"):
     [
         ("import hf_sparse", "import transformers"),
         ("import transformers", "import hf_sparse"),
-        ("import transformers.quantizers", "import hf_sparse"),
-        ("from transformers import AutoConfig; AutoConfig.register", "import hf_sparse"),
-        ("from transformers import AutoModelForCausalLM; AutoModelForCausalLM.register", "import hf_sparse"),
+        pytest.param(("import transformers.quantizers", "import hf_sparse"), marks=pytest.mark.slow),
+        pytest.param(
+            ("from transformers import AutoConfig; AutoConfig.register", "import hf_sparse"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("from transformers import AutoModelForCausalLM; AutoModelForCausalLM.register", "import hf_sparse"),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=str,
+    ids=["hf_sparse first", "transformers first", "quantizers first", "AutoConfig first", "AutoModel first"],
 )
 def test_import_orders(packed, order):
     out = run(LOADS.format(first=order[0], second=order[1], kind="AutoModelForCausalLM", kwargs=""), packed)
@@ -95,6 +100,7 @@ def test_remote_code_needs_no_package(packed):
     assert out == ["LlamaForCausalLM True", "MixtralForCausalLM True"]
 
 
+@pytest.mark.slow
 def test_remote_code_beside_the_package(packed):
     for first in ("import hf_sparse", ""):
         out = run(
@@ -150,6 +156,7 @@ def test_import_is_light():
     assert out == ["[]", "1", "1", "False", "0", "hf_sparse.integrations.quantizer", "SourceFileLoader"]
 
 
+@pytest.mark.slow
 def test_an_unknown_transformers_still_imports():
     out = run(
         """

@@ -33,7 +33,7 @@ FLOORS: dict[str, list[str]] = {
     "calibration": ["calibration", "data", "loading", "evaluation"],
     "methods": ["pruning", "models", "distillation", "speculative", "formats", "report", "inspection"],
     "runtime": ["runtime", "export", "integrations"],
-    "surface": ["callbacks", "hub_cards", "cli", "__main__"],
+    "surface": ["callbacks", "hub_cards", "cli", "commands", "__main__"],
 }
 HEIGHT = {entry: height for height, floor in enumerate(FLOORS.values()) for entry in floor}
 FLOOR_OF = {entry: name for name, floor in FLOORS.items() for entry in floor}

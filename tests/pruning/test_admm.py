@@ -26,15 +26,26 @@ def solve(weight, hessian, pattern="unstructured", sparsity=0.5, **options):
     return solution
 
 
-# The relative error of the authors' code (github.com/mazumder-lab/ALPS, alps.py, defaults, on the CPU) on problem(seed=0),
-# and of their SparseGPT baseline: 0.00578, 0.01159, 0.02285 and 0.00702.
+# The relative error of the authors' code (github.com/mazumder-lab/ALPS, alps.py, defaults, on the CPU) on problem(seed=1).
+# rho and the ridge of the metric were chosen with problem(seed=0) in view, so that seed would prove nothing.
 @pytest.mark.parametrize(
     "pattern, sparsity, official",
-    [("unstructured", 0.5, 0.00096), ("unstructured", 0.6, 0.00209), ("unstructured", 0.7, 0.00454), ("2:4", 0.5, 0.00197)],
+    [
+        ("unstructured", 0.5, 0.00095),
+        ("unstructured", 0.6, 0.00204),
+        ("unstructured", 0.7, 0.00443),
+        ("2:4", 0.5, 0.00207),
+    ],
 )
 def test_at_least_as_good_as_the_official_code(pattern, sparsity, official):
-    weight, x = problem()
+    weight, x = problem(seed=1)
     assert solve(weight, x.T @ x, pattern, sparsity).error <= official
+
+
+def test_known_weakness_at_80_percent():
+    """Here the authors' code is better, 0.01079; this bounds the gap, which is about 13%."""
+    weight, x = problem(seed=1)
+    assert solve(weight, x.T @ x, sparsity=0.8).error <= 1.2 * 0.01079
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -140,8 +151,7 @@ def test_bfloat16_products_find_masks_as_good(monkeypatch):
     """What a GPU does, here on the CPU."""
     weight, x = problem()
     full = solve(weight, x.T @ x, sparsity=0.6).error
-    for module in ("admm",):
-        monkeypatch.setattr(f"hf_sparse.pruning.{module}.fast", lambda matrix: matrix.bfloat16())
+    monkeypatch.setattr("hf_sparse.pruning.admm.fast", lambda matrix: matrix.bfloat16())
     assert solve(weight, x.T @ x, sparsity=0.6).error == pytest.approx(full, rel=0.03)
 
 

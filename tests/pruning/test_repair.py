@@ -29,7 +29,9 @@ def masks_of(weight, x):
 def gradient(weight, fitted, hessian, mask, damp):
     ridge = damp * hessian.diagonal().double()
     lost = (weight - fitted).double()
-    return ((lost @ hessian.double() + lost * ridge) * mask).abs().max() / (weight.double() @ hessian.double()).abs().max()
+    return ((lost @ hessian.double() + lost * ridge) * mask).abs().max() / (
+        weight.double() @ hessian.double()
+    ).abs().max()
 
 
 @pytest.mark.parametrize("method", ["exact", "cg"])
@@ -66,7 +68,8 @@ def test_methods_agree_and_default_tolerance_is_enough():
     weight, x = problem()
     mask = masks_of(weight, x)["wanda"]
     errors = [
-        relative_error(weight, repair([weight], x.T @ x, [mask], method=method)[0], x.T @ x) for method in ("exact", "cg")
+        relative_error(weight, repair([weight], x.T @ x, [mask], method=method)[0], x.T @ x)
+        for method in ("exact", "cg")
     ]
     assert errors[1] == pytest.approx(errors[0], rel=2e-3)
 
@@ -160,4 +163,6 @@ def test_gpu_agrees():
     [here] = repair([weight], x.T @ x, [mask], method="cg")
     [there] = repair([weight.cuda()], (x.T @ x).cuda(), [mask.cuda()], method="cg")
     assert there.is_cuda
-    assert relative_error(weight, there.cpu(), x.T @ x) == pytest.approx(relative_error(weight, here, x.T @ x), rel=5e-3)
+    assert relative_error(weight, there.cpu(), x.T @ x) == pytest.approx(
+        relative_error(weight, here, x.T @ x), rel=5e-3
+    )
