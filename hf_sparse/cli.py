@@ -8,6 +8,7 @@ said before work begins (exit code 2); an error during the work leaves nothing h
 import argparse
 import contextlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -39,8 +40,17 @@ def main(argv: list[str] | None = None) -> int:
         hint = " (HF_SPARSE_DEBUG=1 shows where)"
         return _fail(arguments, f"{type(error).__name__}: {error}{hint}", 1, stdout)
     if arguments.json:
-        print(json.dumps(result, default=str), file=stdout)
+        print(json.dumps(_finite(result), default=str, allow_nan=False), file=stdout)
     return 0
+
+
+def _finite(value):
+    """NaN and infinities as null: JSON has no words for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _fail(arguments, message: str, code: int, stdout) -> int:
@@ -108,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--damp", type=float, metavar="D", help="ridge over the Hessian's mean diagonal; default 0.01")
     what.add_argument("--seed", type=int, metavar="N", help="seed of the random saliency; default 0")
     data = prune.add_argument_group("calibration data")
-    data.add_argument("--calibration", metavar="TEXT", help="text file, JSON lines or Hub dataset id")
+    data.add_argument("--calibration", metavar="TEXT", help="text file, JSON lines or Hub dataset (name or name:config)")
     data.add_argument("--samples", type=int, default=128, metavar="N", help="segments; default %(default)s")
     data.add_argument(
         "--sequence-length", type=int, default=2048, metavar="L", help="tokens in each; default %(default)s"

@@ -100,8 +100,11 @@ class SparsityConfig:
         for name, value in self.overrides.items():
             if isinstance(value, str):
                 patterns.parse(value)
-            else:
-                _checked_sparsity(value, f"the override of {name!r}")
+            elif _checked_sparsity(value, f"the override of {name!r}") > 0 and implied is not None:
+                raise ValueError(
+                    f"the override of {name!r} asks for sparsity {value:g}, but pattern {pattern} fixes it; override with a "
+                    f"pattern such as '1:{pattern.m}' or 'unstructured', or with 0 to leave it dense"
+                )
         if isinstance(self.allocation, Mapping):
             self.allocation = dict(self.allocation)
             for name, value in self.allocation.items():
@@ -119,10 +122,14 @@ class SparsityConfig:
             raise ValueError(
                 f"permute reorders channels for an n:m pattern; with pattern {self.pattern!r} it has no effect"
             )
-        if self.block_size < 1:
-            raise ValueError(f"block_size is a number of columns >= 1, got {self.block_size}")
-        if self.damp < 0:
-            raise ValueError(f"damp is a fraction >= 0 of the Hessian's mean diagonal, got {self.damp}")
+        for name in ("block_size", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < (name == "block_size"):
+                raise ValueError(f"{name} is a whole number >= {int(name == 'block_size')}, got {value!r}")
+        if isinstance(self.damp, bool) or not isinstance(self.damp, (int, float)) or not self.damp >= 0:
+            raise ValueError(f"damp is a number >= 0, a share of the Hessian's diagonal, got {self.damp!r}")
+        if self.targets == []:
+            raise ValueError("targets=[] selects nothing; leave it out for every linear layer, or name some")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict with the format version. A callable saliency is recorded by its qualified name."""

@@ -1,6 +1,7 @@
 """Calibration and evaluation text as token ids.
 
-A source is a text file, a JSON-lines file, or the id of a Hub dataset. JSON rows (and dataset rows) may hold
+A source is a text file, a JSON-lines file, or the id of a Hub dataset (``allenai/c4:en`` names one of its configurations;
+its train split is read). JSON rows (and dataset rows) may hold
 
     {"text": "..."}                                         plain text
     {"prompt": "...", "completion": "..."}                  joined; message lists go through the chat template
@@ -161,8 +162,9 @@ def _dataset_rows(source: str, split: str) -> Iterable[tuple[str, dict]]:
         raise ModuleNotFoundError(
             f"{source!r} is no file here; to read it as a Hub dataset install datasets: pip install datasets"
         ) from error
+    name, _, configuration = source.partition(":")
     try:
-        rows = datasets.load_dataset(source, split=split, streaming=True)
+        rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
     except Exception as error:
         raise ValueError(f"{source!r} is neither a file here nor a dataset that can be loaded: {error}") from error
     return ((f"{source}, row {number}", row) for number, row in enumerate(rows))

@@ -41,7 +41,7 @@ def perplexity(
     """
     if sequence_length < 2:
         raise ValueError(f"a window needs at least 2 tokens to predict one, got sequence_length={sequence_length}")
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and sequence_length > positions:
         raise ValueError(f"the model has {positions} positions; a sequence_length of {sequence_length} is too long")
     available = len(tokens) // sequence_length

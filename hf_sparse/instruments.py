@@ -29,6 +29,20 @@ class Timer:
                 torch.cuda.synchronize(self.device)
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
+    @contextmanager
+    def around(self, phase: str, context):
+        """Times the beginning and the end of a context, not what happens inside."""
+        with self(phase):
+            value = context.__enter__()
+        try:
+            yield value
+        except BaseException as error:
+            if not context.__exit__(type(error), error, error.__traceback__):
+                raise
+        else:
+            with self(phase):
+                context.__exit__(None, None, None)
+
 
 @contextmanager
 def progress_bar(show: bool, what: str, total: int):

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse.calibration import as_batches, capture, collect, find_decoder_layers, mean_gradients
+from hf_sparse.calibration import check_followable, collect, mean_gradients
+from hf_sparse.capture import as_batches, capture, find_decoder_layers
 from hf_sparse.targets import find_targets
 
 CPU = torch.device("cpu")
@@ -358,31 +359,23 @@ class _Block(nn.Module):
         return hidden
 
 
-def _captured_for(layer):
-    from hf_sparse.calibration import Captured
-
-    return Captured("layers", nn.ModuleList([layer]), CPU, CPU)
-
-
 def test_a_convolution_cannot_be_calibrated():
-    block = _Block(nn.Conv1d(2, 2, 3))
-    targets = find_targets(nn.ModuleDict({"layers": nn.ModuleList([block])}))
+    model = nn.ModuleDict({"layers": nn.ModuleList([_Block(nn.Conv1d(2, 2, 3))])})
     with pytest.raises(
         ValueError, match=r"layers.0.inner.weight is a convolution; .*ignore=\['layers.0.inner.weight'\]"
     ):
-        collect(_captured_for(block), 0, block, targets, "inputs")
-    assert not block.before._forward_pre_hooks, "an error leaves no hook behind"
+        check_followable(model, find_targets(model))
 
 
 def test_an_unknown_expert_layout_cannot_be_calibrated():
     inner = nn.Module()
     inner.num_experts, inner.hidden_size = 2, 8
     inner.gate_up_proj, inner.down_proj = nn.Parameter(torch.zeros(2, 24, 8)), nn.Parameter(torch.zeros(2, 8, 12))
-    block = _Block(inner)
-    targets = find_targets(nn.ModuleDict({"layers": nn.ModuleList([block])}))
-    with pytest.raises(ValueError, match=r"fused expert layout without .*it has gate_up_proj, down_proj"):
-        collect(_captured_for(block), 0, block, targets, "inputs")
-    assert not block.before._forward_pre_hooks
+    model = nn.ModuleDict({"layers": nn.ModuleList([_Block(inner)])})
+    with pytest.raises(
+        ValueError, match=r"gate_up_proj, down_proj\) is a fused expert layout .*ignore=\['re:\.\*inner'\]"
+    ):
+        check_followable(model, find_targets(model))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -132,8 +132,8 @@ def test_a_callable_saliency_is_recorded_by_name():
         ({"allocation": {"re:.*": 0.5}, "allocation_options": {"lam": 1}}, "allocation of a dict has no option 'lam'"),
         ({"targets": [1]}, "targets are named by strings, got 1"),
         ({"permute": True}, "permute reorders channels for an n:m pattern; with pattern 'unstructured'"),
-        ({"block_size": 0}, "block_size is a number of columns >= 1, got 0"),
-        ({"damp": -1}, "damp is a fraction >= 0 of the Hessian's mean diagonal, got -1"),
+        ({"block_size": 0}, "block_size is a whole number >= 1, got 0"),
+        ({"damp": -1}, "damp is a number >= 0, a share of the Hessian.s diagonal, got -1"),
     ],
 )
 def test_bad_values_are_named(arguments, message):

@@ -118,9 +118,9 @@ def test_constant_fan_in_keeps_the_same_number_in_every_row():
     assert parse("constant-fan-in").mask(scores, 0.7).sum(dim=1).tolist() == [37 - round(0.7 * 37)] * 9
 
 
-@pytest.mark.parametrize("n", [63, 64, 65, 200])
+@pytest.mark.parametrize("n", [4, 16, 17, 200])
 @pytest.mark.parametrize("values", [2, 1000])
-def test_selecting_equals_sorting_on_both_sides_of_64_elements(n, values):
+def test_selecting_equals_sorting_on_both_sides_of_16_elements(n, values):
     scores = torch.randint(0, values, (4, n), generator=torch.Generator().manual_seed(n)).float()
     for k in (0, 1, n // 3, n - 1, n):
         drop = _drop_lowest(scores, k)

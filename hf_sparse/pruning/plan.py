@@ -4,35 +4,48 @@ Overrides come first and stand outside the average; the rest share the average b
 pattern and an allocation that is not uniform, parameters get different n for the same m.
 """
 
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from hf_sparse import allocation, saliency
-from hf_sparse.calibration import capture, collect
-from hf_sparse.instruments import Timer
+from hf_sparse.calibration import collect
+from hf_sparse.capture import Captured, visiting
+from hf_sparse.config import SparsityConfig
 from hf_sparse.patterns import NM, Channel, Pattern, parse
 from hf_sparse.targets import Target, match_names
 
-__all__ = ["Plan", "make_plan", "targets_of", "visiting"]
+__all__ = ["Plan", "make_plan"]
 
 Plan = dict[str, tuple[Pattern, float]]  # {parameter name: (pattern, sparsity)}
 
 
-def make_plan(model, config, targets, stack, batches, device, storage, timer) -> dict[str, tuple[Pattern, float]]:
-    """``{name: (pattern, sparsity)}`` for every target."""
+def make_plan(
+    model: nn.Module, config: SparsityConfig, targets: dict[str, Target], capture: Callable[[], Captured] | None
+) -> Plan:
+    """``{name: (pattern, sparsity)}`` for every target.
+
+    Args:
+        capture: gives the inputs of the dense model's layers, for allocations that look at data.
+
+    Raises:
+        ValueError: an unknown allocation, a pattern that does not fit a weight, entries that match nothing.
+    """
     default = parse(config.pattern)
     plan: dict[str, tuple[Pattern, float]] = {}
     for entry, value in config.overrides.items():
         for name in match_names(entry, targets):
             if name in plan:
                 continue
-            pattern = parse(value) if isinstance(value, str) else default
-            if not isinstance(value, str) and pattern.implied_sparsity is not None:
-                pattern = parse("unstructured") if value != 0.0 else pattern
-            sparsity = value if not isinstance(value, str) else pattern.implied_sparsity
-            plan[name] = (pattern, config.sparsity if sparsity is None else float(sparsity))
+            if isinstance(value, str):
+                pattern = parse(value)
+                plan[name] = (
+                    pattern,
+                    config.sparsity if pattern.implied_sparsity is None else pattern.implied_sparsity,
+                )
+            else:
+                plan[name] = (default, float(value))
     rest = {name: target for name, target in targets.items() if name not in plan}
     sizes = {name: target.numel for name, target in rest.items()}
     if not rest:
@@ -45,7 +58,7 @@ def make_plan(model, config, targets, stack, batches, device, storage, timer) ->
         shapes = {n: tuple(model.get_parameter(n).shape) if not t.is_experts else t.shape[1:] for n, t in rest.items()}
         sparsities = allocation.erk(sizes, config.sparsity, shapes, **config.allocation_options)
     elif config.allocation == "owl":
-        sparsities = _owl(model, config, rest, sizes, stack, batches, device, storage, timer)
+        sparsities = _owl(model, config, rest, sizes, capture())
     else:
         raise ValueError(
             f"unknown allocation {config.allocation!r}; known are {', '.join(allocation.ALLOCATIONS)} and a dict of sparsities"
@@ -68,22 +81,22 @@ def make_plan(model, config, targets, stack, batches, device, storage, timer) ->
     return plan
 
 
-def _owl(model, config, targets, sizes, stack, batches, device, storage, timer) -> dict[str, float]:
+def _owl(model, config, targets, sizes, captured: Captured) -> dict[str, float]:
     """OWL looks at the dense model, so it has a pass of its own."""
     options = dict(config.allocation_options)
     outlier = options.pop("outlier", 5.0)
-    captured = capture(model, *stack, batches, device, storage)
     groups, ratios = {}, {}
     for index, layer in enumerate(captured.layers):
-        mine = targets_of(stack[0], index, targets)
-        with visiting(layer, device, timer):
+        mine = captured.targets_of(index, targets)
+        with visiting(layer, captured.device):
             if mine:
                 statistics = collect(captured, index, layer, mine, "inputs")
+                # per token, so that an expert that serves many does not look like an outlier
                 scores = [
-                    saliency.wanda(matrix.float(), one)
+                    saliency.wanda(matrix.float(), one) / one.tokens**0.5
                     for name, target in mine.items()
                     for matrix, one in _matrices(target, model.get_parameter(name), statistics[name])
-                    if one.sum_squares is not None
+                    if one.tokens
                 ]
                 ratios[index] = allocation.outlier_ratio(scores, outlier)
                 groups.update(dict.fromkeys(mine, index))
@@ -91,25 +104,7 @@ def _owl(model, config, targets, sizes, stack, batches, device, storage, timer) 
     return allocation.owl(sizes, config.sparsity, groups, ratios, **options)
 
 
-def targets_of(stack: str, index: int, targets: dict[str, Target]) -> dict[str, Target]:
-    prefix = f"{stack}.{index}."
-    return {name: target for name, target in targets.items() if name.startswith(prefix)}
-
-
 def _matrices(target: Target, parameter: torch.Tensor, statistics):
     """``(matrix, statistics)`` pairs of a parameter: one, or one per expert."""
     matrix = target.matrix(parameter.data)
     return zip(matrix, statistics, strict=True) if target.is_experts else [(matrix, statistics)]
-
-
-@contextmanager
-def visiting(layer: nn.Module, device: torch.device, timer: Timer):
-    """A layer on the device for a while, then back where it lives."""
-    home = next(layer.parameters()).device
-    with timer("transfer"):
-        layer.to(device)
-    try:
-        yield
-    finally:
-        with timer("transfer"):
-            layer.to(home)

@@ -13,13 +13,15 @@ The model is changed in place and stays an ordinary model; :class:`hf_sparse.rep
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from hf_sparse import saliency
-from hf_sparse.calibration import as_batches, capture, collect, find_decoder_layers, mean_gradients
+from hf_sparse.calibration import check_followable, collect, mean_gradients
+from hf_sparse.capture import as_batches, capture, find_decoder_layers, visiting
 from hf_sparse.config import CONFIG_KEY, SparsityConfig
 from hf_sparse.flops import active_share
 from hf_sparse.instruments import Timer, device_name, peak_memory, progress_bar, reset_peak_memory, versions
@@ -28,7 +30,7 @@ from hf_sparse.pruning.admm import alps
 from hf_sparse.pruning.measure import measure_parameter, summarize
 from hf_sparse.pruning.obs import sparsegpt
 from hf_sparse.pruning.permute import choose_permutation, permute_hidden_units, producers_of
-from hf_sparse.pruning.plan import make_plan, targets_of, visiting
+from hf_sparse.pruning.plan import make_plan
 from hf_sparse.pruning.repair import repair
 from hf_sparse.pruning.resume import FinishedLayers
 from hf_sparse.pruning.solution import Solution, relative_error
@@ -97,6 +99,7 @@ def prune(
         if outside:
             notes.append(f"{len(outside)} weights outside the decoder layers stay dense, e.g. {outside[0]}")
             targets = {name: target for name, target in targets.items() if name not in outside}
+        check_followable(model, targets)
     if batches is not None:
         batches = as_batches(batches, _TOKENS_PER_STEP.get(device.type, 2048))
     elif needs != "nothing" or config.allocation == "owl":
@@ -108,9 +111,10 @@ def prune(
 
     was_training = model.training
     model.eval()
+    recapture = None if stack is None else partial(capture, model, *stack, batches, device, storage)
     try:
         with timer("allocation"):
-            plan = make_plan(model, config, targets, stack, batches, device, storage, timer)
+            plan = make_plan(model, config, targets, recapture)
         gradients = {}
         if needs == "gradient":
             with timer("gradients"):
@@ -119,9 +123,10 @@ def prune(
             outcome = _prune_without_inputs(model, config, targets, plan, gradients, progress)
             layer_errors: dict[int, float] = {}
         else:
-            outcome, layer_errors = _prune_layers(
-                model, config, targets, plan, stack, batches, needs, device, storage, timer, progress, resume_dir
-            )
+            store = None if resume_dir is None else FinishedLayers(resume_dir, model, config, batches)
+            with timer("capture"):
+                captured = recapture()
+            outcome, layer_errors = _prune_layers(model, config, targets, plan, captured, needs, store, timer, progress)
     finally:
         model.train(was_training)
 
@@ -201,19 +206,15 @@ def _prune_without_inputs(model, config, targets, plan, gradients, progress) -> 
     return outcome
 
 
-def _prune_layers(
-    model, config, targets, plan, stack, batches, needs, device, storage, timer, progress, resume_dir
-) -> tuple[_Outcome, dict[int, float]]:
+def _prune_layers(model, config, targets, plan, captured, needs, store, timer, progress):
+    """The loop over decoder layers; ``(outcome, {layer: error})``."""
     outcome = _Outcome()
     layer_errors: dict[int, float] = {}
-    store = FinishedLayers(resume_dir, model, config, batches) if resume_dir is not None else None
-    with timer("capture"):
-        captured = capture(model, *stack, batches, device, storage)
     with progress_bar(progress, "pruning", len(captured.layers)) as step:
         for index, layer in enumerate(captured.layers):
-            mine = targets_of(stack[0], index, targets)
+            mine = captured.targets_of(index, targets)
             done = store.load(index, model, outcome.errors, outcome.notes, layer_errors) if store else False
-            with visiting(layer, device, timer):
+            with timer.around("transfer", visiting(layer, captured.device)):
                 if mine and not done:
                     first: dict[int, torch.Tensor] = {}
                     with timer("statistics"):
@@ -226,9 +227,11 @@ def _prune_layers(
                             _prune_group(names, targets, model, config, plan, statistics[names[0]], outcome)
                     del statistics
                     with timer("propagate"):
-                        before = captured.hidden[0].to(device, torch.float32, copy=True)  # advance overwrites it
+                        before = captured.hidden[0].to(
+                            captured.device, torch.float32, copy=True
+                        )  # advance overwrites it
                         captured.advance(index, layer)
-                        layer_errors[index] = _layer_error(before, first[0], captured.hidden[0].to(device))
+                        layer_errors[index] = _layer_error(before, first[0], captured.hidden[0].to(captured.device))
                 else:
                     with timer("propagate"):
                         captured.advance(index, layer)
@@ -236,7 +239,7 @@ def _prune_layers(
                     outcome.measure(model, mine, plan)
             if store and mine and not done:
                 # a permutation also moves biases, which are no targets
-                names = [n for n, _ in model.named_parameters() if n.startswith(f"{stack[0]}.{index}.")]
+                names = [n for n, _ in model.named_parameters() if n.startswith(f"{captured.name}.{index}.")]
                 names = names if config.permute else list(mine)
                 store.save(index, names, model, outcome.errors, outcome.notes, layer_errors)
             error = f" error {layer_errors[index]:.4f}" if index in layer_errors else ""
@@ -321,6 +324,8 @@ def _solve(chosen, config, weights, statistics, patterns, sparsities, names, exp
         for weight, pattern, sparsity, name in zip(weights, patterns, sparsities, names, strict=True):
             statistics.name = f"{name}[{expert}]" if expert else name
             scores = score(weight, statistics)
+            if bool(scores.isnan().any()):
+                raise ValueError(f"saliency {_label(chosen)!r} returned NaN scores for {name}")
             if scores.shape != weight.shape:
                 raise ValueError(
                     f"saliency {_label(chosen)!r} returned scores of shape {tuple(scores.shape)} for {name} of shape "

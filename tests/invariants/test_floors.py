@@ -30,7 +30,7 @@ FLOORS: dict[str, list[str]] = {
         "atomic",
         "instruments",
     ],
-    "calibration": ["calibration", "data", "loading", "evaluation"],
+    "calibration": ["capture", "calibration", "data", "loading", "evaluation"],
     "methods": ["pruning", "models", "distillation", "speculative", "formats", "report", "inspection"],
     "runtime": ["runtime", "export", "integrations"],
     "surface": ["callbacks", "hub_cards", "cli", "commands", "__main__"],
