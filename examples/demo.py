@@ -49,10 +49,12 @@ def main() -> None:
     parser.add_argument("--output", default="demo-output", help="default: %(default)s")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--saliency", default="sparsegpt")
-    parser.add_argument("--samples", type=int, default=32, help="calibration segments; default: %(default)s")
+    repair = parser.add_argument("--repair", action=argparse.BooleanOptionalAction, default=True)
+    repair.help = "re-fit the kept weights by least squares afterwards"
+    parser.add_argument("--samples", type=int, default=24, help="calibration segments; default: %(default)s")
     parser.add_argument("--sequence-length", type=int, default=512, help="their tokens; default: %(default)s")
     parser.add_argument(
-        "--windows", type=int, default=16, help="perplexity windows of 1,024 tokens; default: %(default)s"
+        "--windows", type=int, default=12, help="perplexity windows of 1,024 tokens; default: %(default)s"
     )
     parser.add_argument("--question", default="What is the capital of France?")
     parser.add_argument("--tiny", action="store_true", help="everything small: seconds")
@@ -86,8 +88,10 @@ def main() -> None:
     before = perplexity(model, test, window, arguments.windows)
     console.print(f"perplexity before: {before['perplexity']:.2f}  ({before['protocol']})")
 
-    console.rule(f"[2/5] prune to {arguments.sparsity:.0%} by {arguments.saliency}")
-    config = SparsityConfig(sparsity=arguments.sparsity, saliency=arguments.saliency)
+    console.rule(
+        f"[2/5] prune to {arguments.sparsity:.0%} by {arguments.saliency}{', repaired' if arguments.repair else ''}"
+    )
+    config = SparsityConfig(sparsity=arguments.sparsity, saliency=arguments.saliency, repair=arguments.repair)
     config.provenance = {"base_model": Path(source).name, "command": " ".join(["python", *sys.argv])}
     report = prune(model, config, calibration.ids, progress=True)
     report.model = Path(source).name
@@ -121,6 +125,7 @@ def main() -> None:
         "model": Path(source).name,
         "sparsity": report.sparsity,
         "saliency": arguments.saliency,
+        "repair": arguments.repair,
         "perplexity_before": before["perplexity"],
         "perplexity_after": after["perplexity"],
         "protocol": after["protocol"],

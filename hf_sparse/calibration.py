@@ -191,16 +191,20 @@ def mean_gradients(
 ) -> dict[str, torch.Tensor]:
     """``{name: mean over batches of |dL/dw|}`` of the language-model loss, float32, in the parameters' stored shape.
 
-    The whole model runs forward and backward on ``device``; other parameters get no gradient.
+    The whole model runs forward and backward on ``device``; other parameters get no gradient. Gradients that were there
+    before are put back.
     """
     wanted = {name: model.get_parameter(name) for name in names}
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     sums = {name: torch.zeros(p.shape, dtype=torch.float32, device=device) for name, p in wanted.items()}
     home = next(model.parameters()).device
     model.to(device)
     try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in wanted)
+        for parameter, _, _ in flags:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for parameter in wanted.values():  # by the parameter: a tied weight has more names than one
+            parameter.requires_grad_(True)
         for batch in batches:
             content = {key: value.to(device) for key, value in batch.items()}
             labels = content["input_ids"]
@@ -213,7 +217,8 @@ def mean_gradients(
                     sums[name] += parameter.grad.float().abs() / len(batches)
                     parameter.grad = None
     finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
         model.to(home)
+        for parameter, flag, grad in flags:
+            parameter.grad = grad
+            parameter.requires_grad_(flag)
     return {name: value.to(home) for name, value in sums.items()}

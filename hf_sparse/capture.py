@@ -63,13 +63,15 @@ def as_batches(batches: Iterable, tokens_per_step: int) -> list[dict[str, torch.
         ids = torch.as_tensor(ids) if isinstance(ids, list) else ids
         if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
             raise ValueError(f"calibration data is token ids or dicts with input_ids, got {type(item).__name__}")
-        content["input_ids"] = ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
-        mask = content.get("attention_mask")
         content.pop("labels", None)
-        if set(content) <= {"input_ids", "attention_mask"} and (mask is None or bool(torch.as_tensor(mask).all())):
-            plain.extend(ids.unbind(0))
+        content = {key: torch.as_tensor(value) for key, value in content.items()}
+        if ids.dim() == 1:  # one sample, as a row of a dataset has it
+            content = {key: value.unsqueeze(0) if value.dim() == 1 else value for key, value in content.items()}
+        mask = content.get("attention_mask")
+        if set(content) <= {"input_ids", "attention_mask"} and (mask is None or bool(mask.all())):
+            plain.extend(content["input_ids"].unbind(0))
         else:
-            result.append({key: torch.as_tensor(value) for key, value in content.items()})
+            result.append(content)
     by_length: dict[int, list[torch.Tensor]] = {}
     for row in plain:
         by_length.setdefault(len(row), []).append(row)
@@ -164,6 +166,7 @@ def capture(
 
 def _record(model: nn.Module, layers: nn.ModuleList, content: dict) -> tuple[list[_Call], torch.Tensor]:
     """One forward of the model with recorders for layers. Returns each layer's call and the first hidden states."""
+    went_through = False
     for in_tuple in (False, True):  # what the model's loop expects of a layer is seen by trying
         calls: list[_Call] = []
         entered: list[torch.Tensor] = []
@@ -176,6 +179,7 @@ def _record(model: nn.Module, layers: nn.ModuleList, content: dict) -> tuple[lis
                 raise _Done
             return (hidden,) if _in_tuple else hidden
 
+        own = [vars(layer).get("forward") for layer in layers]  # accelerate and others set a forward on the instance
         for layer in layers:
             layer.forward = recorder  # an instance attribute; the class's forward is back once it is deleted
         try:
@@ -183,18 +187,27 @@ def _record(model: nn.Module, layers: nn.ModuleList, content: dict) -> tuple[lis
         except _Done:
             pass
         except (IndexError, TypeError, AttributeError, RuntimeError, ValueError):
-            if in_tuple or not calls:
+            if not calls or (in_tuple and not went_through):
                 raise
             continue
         finally:
-            for layer in layers:
-                del layer.forward
-        if len(calls) == len(layers) and all(hidden.shape == entered[0].shape for hidden in entered):
+            for layer, forward in zip(layers, own, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
+        went_through = True
+        if len(calls) == len(layers) and all(_same(hidden, entered[0]) for hidden in entered):
             return calls, entered[0]
     raise ValueError(
-        f"the forward of {type(model).__name__} did not pass its hidden states through its {len(layers)} decoder layers "
-        f"in order (it called {len(calls)} of them); layer-by-layer calibration cannot follow it"
+        f"the forward of {type(model).__name__} did not pass its hidden states unchanged from one of its {len(layers)} "
+        f"decoder layers to the next (it called {len(calls)} of them); layer-by-layer calibration cannot follow it"
     )
+
+
+def _same(hidden: torch.Tensor, first: torch.Tensor) -> bool:
+    """Whether what a layer was given is what the one before returned: recorders return their input."""
+    return hidden is first or (hidden.shape == first.shape and torch.equal(hidden.to(first.device), first))
 
 
 class _TensorPool:
@@ -202,10 +215,11 @@ class _TensorPool:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stored: list[torch.Tensor] = []
+        self.before: list[torch.Tensor] = []  # what the batch before stored
         self.current: dict[int, torch.Tensor] = {}  # id of a tensor of the current batch -> its stored copy
 
     def new_batch(self) -> None:
+        self.before = list(self.current.values())
         self.current.clear()  # ids may be reused once the batch's tensors are gone
 
     def put(self, value):
@@ -220,10 +234,9 @@ class _TensorPool:
         return value
 
     def _stored(self, value: torch.Tensor) -> torch.Tensor:
-        for other in self.stored[-8:]:  # the few tensors of the batch before; comparing with all would be quadratic
+        for other in [*self.before, *self.current.values()]:  # comparing with all batches would be quadratic
             if other.shape == value.shape and other.dtype == value.dtype and torch.equal(other, value):
                 return other
-        self.stored.append(value)
         return value
 
 
@@ -231,8 +244,8 @@ class _TensorPool:
 def visiting(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """A layer on the device for a while, then back where it lives."""
     home = next(layer.parameters()).device
-    layer.to(device)
     try:
+        layer.to(device)  # inside: a layer that does not fit must not stay there by half
         yield
     finally:
         layer.to(home)

@@ -29,19 +29,25 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):  # libraries print; standard output is the result's alone
             result = arguments.run(arguments)
     except KeyboardInterrupt:
-        progress = getattr(arguments, "progress_dir", None)
-        kept = "; finished layers are kept, repeat the command with --resume to continue" if progress else ""
-        return _fail(arguments, f"interrupted, nothing was written{kept}", 130, stdout)
+        return _fail(arguments, f"interrupted, nothing was written{_kept(arguments)}", 130, stdout)
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, IsADirectoryError) as error:
-        return _fail(arguments, str(error), 2, stdout)
+        return _fail(arguments, f"{error}{_kept(arguments)}", 2, stdout)
     except Exception as error:
         if os.environ.get("HF_SPARSE_DEBUG"):
             raise
         hint = " (HF_SPARSE_DEBUG=1 shows where)"
-        return _fail(arguments, f"{type(error).__name__}: {error}{hint}", 1, stdout)
+        return _fail(arguments, f"{type(error).__name__}: {error}{hint}{_kept(arguments)}", 1, stdout)
     if arguments.json:
         print(json.dumps(_finite(result), default=str, allow_nan=False), file=stdout)
     return 0
+
+
+def _kept(arguments) -> str:
+    """What a run that ended early left to continue from."""
+    progress = getattr(arguments, "progress_dir", None)
+    if progress is None or not any(progress.glob("layer-*")):
+        return ""
+    return f"; finished layers are kept in {progress}: repeat the command with --resume to continue"
 
 
 def _finite(value):
@@ -118,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--damp", type=float, metavar="D", help="ridge over the Hessian's mean diagonal; default 0.01")
     what.add_argument("--seed", type=int, metavar="N", help="seed of the random saliency; default 0")
     data = prune.add_argument_group("calibration data")
-    data.add_argument("--calibration", metavar="TEXT", help="text file, JSON lines or Hub dataset (name or name:config)")
+    data.add_argument(
+        "--calibration", metavar="TEXT", help="text file, JSON lines or Hub dataset (name or name:config)"
+    )
     data.add_argument("--samples", type=int, default=128, metavar="N", help="segments; default %(default)s")
     data.add_argument(
         "--sequence-length", type=int, default=2048, metavar="L", help="tokens in each; default %(default)s"

@@ -4,6 +4,7 @@ All that can be wrong with the arguments is checked before a model is loaded; he
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,21 +19,33 @@ PLOT_FILE = "sparsity_report.png"
 def run_prune(arguments) -> dict[str, Any]:
     from hf_sparse.atomic import atomic_directory
     from hf_sparse.data import check_source, load_segments
-    from hf_sparse.saliency import needs
+    from hf_sparse.pruning.plan import looks_at_data
 
     config = _config(arguments)
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not arguments.overwrite:
         raise FileExistsError(f"{output} exists and is not empty; choose another --output or pass --overwrite")
-    looks = needs(config.saliency) != "nothing" or config.repair or config.allocation == "owl"
+    looks = looks_at_data(config)
     if looks and arguments.calibration is None:
+        also = "".join(f" and --{name}" for name in ("repair", "permute") if getattr(config, name))
         raise ValueError(
-            f"--saliency {config.saliency} with --allocation {config.allocation}{' and --repair' if config.repair else ''} "
+            f"--saliency {config.saliency} with --allocation {config.allocation}{also} "
             "looks at data: give --calibration FILE.txt, FILE.jsonl or a Hub dataset id"
         )
     if arguments.calibration is not None:
         check_source(arguments.calibration)
     _check_device(arguments.device)
+    _check_shard_size(arguments.max_shard_size)
+    # progress is always kept for runs that take long, so that --resume has something to continue
+    where = Path(os.path.abspath(output))
+    progress_dir = where.parent / f".{where.name}.progress" if looks else None
+    begun = progress_dir is not None and any(progress_dir.glob("layer-*"))
+    if begun and not arguments.resume:
+        raise ValueError(
+            f"an earlier run to {output} was interrupted; continue it with --resume, or remove {progress_dir} to start anew"
+        )
+    if arguments.resume and not begun:
+        print(f"no interrupted run to {output} is there to resume: starting with the first layer", file=sys.stderr)
 
     from hf_sparse.hub_cards import write_card
     from hf_sparse.loading import load_model, load_tokenizer
@@ -45,20 +58,14 @@ def run_prune(arguments) -> dict[str, Any]:
             arguments.calibration, tokenizer, arguments.samples, arguments.sequence_length, arguments.shuffle
         )
     model = load_model(arguments.model, arguments.dtype, arguments.trust_remote_code)
-    config.provenance = {
+    config.provenance |= {
         "base_model": arguments.model if not Path(arguments.model).exists() else Path(arguments.model).name,
         "calibration": text.description if text else None,
         "command": arguments.command_line,
     }
-    # progress is always kept for runs that take long, so that --resume has something to continue
-    arguments.progress_dir = output.parent / f".{output.name}.progress" if looks else None
-    if arguments.progress_dir and not arguments.resume:
-        if any(arguments.progress_dir.glob("layer-*")):
-            raise ValueError(
-                f"an earlier run to {output} was interrupted; continue it with --resume, or remove "
-                f"{arguments.progress_dir} to start anew"
-            )
-        shutil.rmtree(arguments.progress_dir, ignore_errors=True)
+    arguments.progress_dir = progress_dir
+    if progress_dir and not begun:
+        shutil.rmtree(progress_dir, ignore_errors=True)
     report = prune(
         model,
         config,
@@ -87,6 +94,7 @@ def run_prune(arguments) -> dict[str, Any]:
 def run_inspect(arguments) -> dict[str, Any]:
     from hf_sparse.inspection import inspect_checkpoint
 
+    _check_parent(arguments.plot)
     report = inspect_checkpoint(arguments.path, arguments.trust_remote_code)
     if arguments.plot:
         report.plot(arguments.plot)
@@ -103,6 +111,9 @@ def run_eval(arguments) -> dict[str, Any]:
         raise ValueError("give --text FILE for perplexity, --tasks NAMES for lm-eval tasks, or both")
     if arguments.text:
         check_source(arguments.text)
+        if not Path(arguments.text).is_file():
+            raise FileNotFoundError(f"no such file: {arguments.text}")
+    _check_parent(arguments.output)
     _check_device(arguments.device)
 
     from hf_sparse.evaluation import perplexity
@@ -167,10 +178,15 @@ def run_unpack(arguments) -> dict[str, Any]:
 
 def _config(arguments):
     """The SparsityConfig of the flags, over that of ``--config`` where both speak."""
-    from hf_sparse.config import SparsityConfig
+    from hf_sparse.config import SparsityConfig, read_fields
+    from hf_sparse.patterns import parse
 
-    content = SparsityConfig.from_file(arguments.config).to_dict() if arguments.config else {}
-    if arguments.pattern is not None and arguments.sparsity is None:
+    content: dict[str, Any] = {}
+    if arguments.config:
+        SparsityConfig.from_file(arguments.config)  # what is wrong with it on its own is said first
+        # what it leaves open stays open: another saliency brings its own pattern, another pattern its own sparsity
+        content = {name: value for name, value in read_fields(arguments.config).items() if value is not None}
+    if arguments.pattern is not None and parse(arguments.pattern).implied_sparsity is not None:
         content.pop("sparsity", None)  # an n:m pattern brings its own
     flags = {
         name: getattr(arguments, name)
@@ -205,6 +221,27 @@ def _check_device(device: str | None) -> None:
         raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device here; use --device cpu")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices here"
+        )
+
+
+def _check_shard_size(size: str | None) -> None:
+    if size is None:
+        return
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)  # its parser has no public name
+    except ValueError as error:
+        raise ValueError(f"--max-shard-size {size!r} is no size, such as 5GB or 500MB: {error}") from error
+
+
+def _check_parent(file: str | None) -> None:
+    """A result is written after the work; that there is a place for it is known before."""
+    if file and not Path(file).absolute().parent.is_dir():
+        raise FileNotFoundError(f"no such directory for {file}: {Path(file).absolute().parent}")
 
 
 def _save_model(model, tokenizer, directory: Path, arguments) -> None:
@@ -236,7 +273,7 @@ def _weight_bytes(directory: Path) -> int:
 def _console():
     from rich.console import Console
 
-    return Console(file=sys.__stdout__)
+    return Console(file=sys.__stdout__, markup=False)  # a path may hold [brackets]
 
 
 def _show_report(report, output: Path | None) -> None:

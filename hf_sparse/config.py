@@ -118,6 +118,9 @@ class SparsityConfig:
             if name not in options:
                 what = "of a dict" if isinstance(self.allocation, dict) else repr(self.allocation)
                 raise ValueError(f"allocation {what} has no option {name!r}; it has {', '.join(options) or 'none'}")
+        for name, value in self.allocation_options.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"the option {name!r} of the allocation is a number >= 0, got {value!r}")
         if self.permute and implied is None:
             raise ValueError(
                 f"permute reorders channels for an n:m pattern; with pattern {self.pattern!r} it has no effect"
@@ -173,21 +176,25 @@ class SparsityConfig:
         Raises:
             FileNotFoundError, ValueError: no such file, or it is not a sparsity config.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no sparsity config at {path}")
-        import yaml
-
-        try:
-            content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
-        return cls.from_dict(content)
+        return cls.from_dict(read_fields(path))
 
     def to_yaml(self) -> str:
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def read_fields(path: str | Path) -> Any:
+    """What a ``.yaml``/``.yml`` or ``.json`` file says, without the defaults it leaves open; not checked."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no sparsity config at {path}")
+    import yaml
+
+    try:
+        return json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
 
 
 def _checked_sparsity(value, what: str) -> float:

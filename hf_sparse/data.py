@@ -79,8 +79,9 @@ def load_segments(
     """
     if samples < 1 or sequence_length < 1:
         raise ValueError(f"samples and sequence_length are at least 1, got {samples} and {sequence_length}")
-    wanted = None if shuffle is not None else samples * sequence_length
-    ids = load_tokens(source, tokenizer, wanted, split)
+    # of a file all segments are candidates; a dataset may be endless, so its rows are shuffled as they stream in
+    whole = shuffle is not None and Path(source).is_file()
+    ids = load_tokens(source, tokenizer, None if whole else samples * sequence_length, split, shuffle)
     available = len(ids) // sequence_length
     if available < samples:
         raise ValueError(
@@ -102,10 +103,13 @@ def load_segments(
     return TokenizedText(segments[:samples].clone(), description)
 
 
-def load_tokens(source: str, tokenizer, wanted: int | None = None, split: str = "train") -> torch.Tensor:
+def load_tokens(
+    source: str, tokenizer, wanted: int | None = None, split: str = "train", shuffle: int | None = None
+) -> torch.Tensor:
     """The token ids of a source in order, ``[tokens]``; at least ``wanted`` of them if there are as many.
 
-    A text file is tokenised whole in one call. Rows are read only until ``wanted`` tokens are there.
+    A text file is tokenised whole in one call. Rows are read only until ``wanted`` tokens are there. With ``shuffle``, a
+    seed, the rows of a Hub dataset come in random order (of a buffer of 10,000); files are read as they are.
     """
     check_source(source)
     path = Path(source)
@@ -115,7 +119,7 @@ def load_tokens(source: str, tokenizer, wanted: int | None = None, split: str = 
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is not UTF-8 text: {error}") from error
         return _encode(tokenizer, text, special=True)
-    rows = _json_rows(path) if path.is_file() else _dataset_rows(source, split)
+    rows = _json_rows(path) if path.is_file() else _dataset_rows(source, split, shuffle)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for where, row in rows:
@@ -155,7 +159,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
             yield f"{path}, line {number}", row
 
 
-def _dataset_rows(source: str, split: str) -> Iterable[tuple[str, dict]]:
+def _dataset_rows(source: str, split: str, shuffle: int | None = None) -> Iterable[tuple[str, dict]]:
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -167,6 +171,8 @@ def _dataset_rows(source: str, split: str) -> Iterable[tuple[str, dict]]:
         rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
     except Exception as error:
         raise ValueError(f"{source!r} is neither a file here nor a dataset that can be loaded: {error}") from error
+    if shuffle is not None:
+        rows = rows.shuffle(seed=shuffle, buffer_size=10_000)
     return ((f"{source}, row {number}", row) for number, row in enumerate(rows))
 
 

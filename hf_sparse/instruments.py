@@ -83,6 +83,7 @@ def _processor() -> str:
 
 def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
+        torch.cuda.init()  # "cuda:0" alone does not start it, and there are no statistics before
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -36,8 +36,9 @@ class Statistics:
         tokens: rows of X seen (padding excluded; for an expert, the tokens routed to it).
         sum_squares: ``[in]``, sum over tokens of x_j^2.
         hessian: ``[in, in]`` float32, X^T X, where asked for.
-        gradient: ``[out, in]``, mean over batches of |dL/dw|, where asked for.
+        gradient: ``[out, in]``, mean over samples of |dL/dw|, where asked for.
         name: the parameter's name, and ``seed`` the config's: together they seed the random saliency.
+        damp: the config's; the ridge of ``obs`` as a share of the Hessian's mean diagonal.
     """
 
     tokens: int = 0
@@ -46,6 +47,7 @@ class Statistics:
     gradient: torch.Tensor | None = None
     name: str = ""
     seed: int = 0
+    damp: float = 0.01
 
 
 def magnitude(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
@@ -72,7 +74,7 @@ def ria(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
 
 def obs(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
     hessian = statistics.hessian
-    ridge = 0.01 * hessian.diagonal().mean()
+    ridge = statistics.damp * hessian.diagonal().mean()
     inverse = torch.linalg.inv(hessian + ridge * torch.eye(len(hessian), device=hessian.device))
     return weight.square() / inverse.diagonal()
 

@@ -398,3 +398,28 @@ def test_mean_gradients(tiny_model, family):
         loss = nn.functional.cross_entropy(logits[real], labels[real])
         wanted += torch.autograd.grad(loss, model.get_parameter(name))[0].abs() / 2
     torch.testing.assert_close(given[name], wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_rows_of_a_dataset_with_padding():
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 0], "labels": [5, 6, 7]}, {"input_ids": [1, 2]}]
+    batches = as_batches(rows, 100)
+    assert [tuple(b["input_ids"].shape) for b in batches] == [(1, 3), (1, 2)]
+    assert batches[0]["attention_mask"].tolist() == [[1, 1, 0]] and "labels" not in batches[0]
+
+
+def test_a_model_that_works_between_its_layers_is_refused(tiny_model):
+    """Recorders see what a layer is given; an addition between two layers would be lost without a word."""
+    model = tiny_model("llama")
+
+    class Between(torch.nn.ModuleList):
+        def __getitem__(self, index):
+            if not isinstance(index, slice):
+                return super().__getitem__(index)
+            return [self._modules["0"], lambda hidden, **_: hidden + 1, self._modules["1"]]
+
+    model.model.layers = Between(model.model.layers)
+    name, layers = find_decoder_layers(model)
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match="did not pass its hidden states unchanged"):
+        capture(model, name, layers, as_batches(torch.ones(1, 8, dtype=torch.long), 8), device, device)
+    assert all("forward" not in vars(layer) for layer in layers)

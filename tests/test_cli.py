@@ -94,6 +94,44 @@ def test_packed_output_config_file_and_overrides(tiny_model_dir, calibration_fil
     assert "q_proj" not in report["by_kind"] and report["config"]["saliency"] == "wanda"
 
 
+def test_flags_over_a_config_file_leave_the_rest_of_it(tmp_path):
+    """What the file says holds unless a flag says otherwise; what it leaves open follows the flags."""
+    from hf_sparse.cli import _parser
+    from hf_sparse.commands import _config
+
+    file = tmp_path / "config.yaml"
+
+    def config(content: str, *flags):
+        file.write_text(content)
+        return _config(_parser().parse_args(["prune", "MODEL", "--output", "out", "--config", str(file), *flags]))
+
+    assert config("sparsity: 0.7", "--pattern", "row").sparsity == 0.7
+    assert config("sparsity: 0.7", "--pattern", "2:4").sparsity == 0.5
+    assert config("pattern: '1:4'", "--pattern", "row").sparsity == 0.5
+    assert config("saliency: wanda").pattern == "row"
+    assert config("saliency: wanda", "--saliency", "sparsegpt").pattern == "unstructured"
+    assert config("{saliency: wanda, pattern: row}", "--saliency", "sparsegpt").pattern == "row"
+    assert config("ignore:", "--ignore", "q_proj").ignore == ["q_proj"]
+    assert config("provenance: {note: mine}").provenance == {"note": "mine"}
+
+
+def test_places_for_results_are_there_before_the_work(tiny_model_dir, evaluation_file, tmp_path, capsys):
+    for words in (
+        ("eval", tiny_model_dir, "--text", evaluation_file, "--output"),
+        ("inspect", tiny_model_dir, "--plot"),
+    ):
+        code, _, err = run(capsys, *words, tmp_path / "absent" / "file.png")
+        assert code == 2 and "no such directory for" in err
+    code, _, err = run(capsys, "eval", tiny_model_dir, "--text", "wikitext")  # no Hub dataset is read to evaluate on
+    assert code == 2 and "no such file: wikitext" in err
+
+
+def test_resume_says_when_there_is_nothing_to_resume(tiny_model_dir, tmp_path, capsys):
+    arguments = ("prune", tiny_model_dir, "--saliency", "magnitude", "--output", tmp_path / "out", "--resume")
+    code, _, err = run(capsys, *arguments)
+    assert code == 0 and "no interrupted run" in err
+
+
 def test_tables_are_for_people(tiny_model_dir, tmp_path, capsys):
     out = tmp_path / "out"
     code = main(["prune", str(tiny_model_dir), "--saliency", "magnitude", "--output", str(out)])
@@ -127,6 +165,9 @@ def test_tables_are_for_people(tiny_model_dir, tmp_path, capsys):
         ({"--dtype": "int3"}, "dtype is auto"),
         ({"--device": "cuda:77" if torch.cuda.is_available() else "cuda"}, "cuda"),
         ({"--device": "gpu"}, "unknown device"),
+        ({"--max-shard-size": "5 apples"}, "'5 apples' is no size"),
+        ({"--allocation": "owl", "--allocation-option": "lam=wide"}, "is a number >= 0"),
+        ({"--sequence-length": 600}, "the model has 512 positions"),
         ({"--config": "absent.yaml"}, "no sparsity config at absent.yaml"),
         ({"MODEL": "./absent"}, "no such directory: ./absent"),
         ({"MODEL": "absent.gguf"}, "no such file: absent.gguf"),
@@ -175,6 +216,19 @@ def test_a_full_disk_leaves_nothing(tiny_model_dir, tmp_path, capsys, monkeypatc
     code, _, err = run(capsys, "prune", tiny_model_dir, "--saliency", "magnitude", "--output", tmp_path / "out")
     assert code == 1 and "space" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_fails_keeps_the_work(tiny_model_dir, calibration_file, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    arguments = prune_arguments(tiny_model_dir, calibration_file, tmp_path / "out")
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and "space" in err and "--resume" in err and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert run(capsys, *arguments, "--resume")[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_nan_weights_are_named(tiny_model, tiny_tokenizer, tmp_path, capsys):

@@ -189,3 +189,8 @@ def test_an_empty_entry_in_yaml_is_an_empty_list(tmp_path):
 def test_yaml_keeps_the_order_and_is_readable():
     lines = SparsityConfig(saliency="wanda").to_yaml().splitlines()
     assert lines[:4] == ["version: 1", "sparsity: 0.5", "pattern: row", "saliency: wanda"]
+
+
+def test_options_of_an_allocation_are_numbers():
+    with pytest.raises(ValueError, match="option 'lam' of the allocation is a number >= 0, got 'abc'"):
+        SparsityConfig(allocation="owl", allocation_options={"lam": "abc"})

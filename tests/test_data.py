@@ -255,3 +255,19 @@ def test_messages_without_a_chat_template(tmp_path, tiny_tokenizer):
         ValueError, match="line 1: chat messages need a tokenizer with a chat template, and this model's has none"
     ):
         load_tokens(source, tokenizer)
+
+
+def test_a_shuffled_dataset_is_not_read_to_its_end(tiny_tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    read = []
+
+    def rows():
+        for number in range(10**9):
+            read.append(number)
+            yield {"text": f"line {number} of a text without an end\n"}
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: stream)
+    chosen = [load_segments("owner/endless", tiny_tokenizer, 2, 16, shuffle=seed).ids for seed in (0, 0, 1)]
+    assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
+    assert len(read) < 50_000

@@ -16,9 +16,31 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.patterns import NM, Channel, Pattern, parse
 from hf_sparse.targets import Target, match_names
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "data_needs", "looks_at_data", "make_plan"]
 
 Plan = dict[str, tuple[Pattern, float]]  # {parameter name: (pattern, sparsity)}
+
+
+def data_needs(config: SparsityConfig) -> str:
+    """What pruning has to see beside the weights: ``nothing``, ``inputs``, ``hessian`` or ``gradient``.
+
+    Raises:
+        ValueError: repair or permute with a saliency that looks at gradients: they work from layer inputs.
+    """
+    needs = saliency.needs(config.saliency)
+    if needs == "gradient" and (config.repair or config.permute):
+        raise ValueError(
+            f"{'repair' if config.repair else 'permute'} works from layer inputs and does not combine with a gradient "
+            "saliency; use wanda or obs"
+        )
+    if config.repair:
+        return "hessian"
+    return "inputs" if config.permute and needs == "nothing" else needs
+
+
+def looks_at_data(config: SparsityConfig) -> bool:
+    """Whether a run takes calibration data at all."""
+    return data_needs(config) != "nothing" or config.allocation == "owl"
 
 
 def make_plan(
@@ -45,7 +67,7 @@ def make_plan(
                     config.sparsity if pattern.implied_sparsity is None else pattern.implied_sparsity,
                 )
             else:
-                plan[name] = (default, float(value))
+                plan[name] = (default if value > 0 else parse("unstructured"), float(value))  # dense is no 2:4
     rest = {name: target for name, target in targets.items() if name not in plan}
     sizes = {name: target.numel for name, target in rest.items()}
     if not rest:

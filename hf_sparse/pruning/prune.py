@@ -30,7 +30,7 @@ from hf_sparse.pruning.admm import alps
 from hf_sparse.pruning.measure import measure_parameter, summarize
 from hf_sparse.pruning.obs import sparsegpt
 from hf_sparse.pruning.permute import choose_permutation, permute_hidden_units, producers_of
-from hf_sparse.pruning.plan import make_plan
+from hf_sparse.pruning.plan import data_needs, looks_at_data, make_plan
 from hf_sparse.pruning.repair import repair
 from hf_sparse.pruning.resume import FinishedLayers
 from hf_sparse.pruning.solution import Solution, relative_error
@@ -62,7 +62,7 @@ def prune(
         batches: calibration token ids, see :func:`hf_sparse.calibration.as_batches`. Needed by every saliency that looks
             at data; a few hundred thousand tokens are customary (128 sequences of 2,048).
         device: where a layer is while it is worked on; default: where the model is. The model stays where it is and its
-            layers visit the device one at a time.
+            layers visit the device one at a time; a gradient saliency takes the whole model there for its backward pass.
         storage: where hidden states wait between layers; default: ``device``. ``"cpu"`` frees accelerator memory.
         progress: show a bar with the layer, its error and the time left.
         resume_dir: a directory that records finished layers; an interrupted run called again with the same arguments
@@ -73,43 +73,59 @@ def prune(
 
     Raises:
         ValueError: before any weight is changed: targets that match nothing, a pattern that does not fit a weight, weights
-            that are not finite, missing calibration data, an unknown saliency or allocation, another run's ``resume_dir``.
+            that are not finite or quantized, missing calibration data or tokens the model cannot take, an unknown saliency
+            or allocation, another run's ``resume_dir``.
     """
     started = time.perf_counter()
     home = next(model.parameters()).device
     device = torch.device(device or home)
     storage = torch.device(storage or device)
-    if home.type == "meta":
-        raise ValueError("the model is on the meta device and has no weights to prune; load them first")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "the model has weights on the meta device (never loaded, or offloaded by device_map); load all of them to the "
+            "CPU and let the layers visit an accelerator with device='cuda'"
+        )
     timer = Timer(device)
     reset_peak_memory(device)
 
     targets = find_targets(model, config.targets, config.ignore)
-    needs = _needs(config)
+    needs = data_needs(config)
     notes: list[str] = []
     stack = None
+    if looks_at_data(config) and len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            "device_map spread this model over several devices; load it on one (the CPU, say) and let its layers visit the "
+            "accelerator with device='cuda'"
+        )
     if needs in ("inputs", "hessian") or config.allocation == "owl":
         stack = find_decoder_layers(model)
         outside = [name for name in targets if not name.startswith(stack[0] + ".")]
         if outside and config.targets is not None:
             raise ValueError(
-                f"{config.saliency} calibrates the weights of the decoder layers ({stack[0]}); {outside[0]!r} lies outside. "
-                "Leave it out of targets, or prune it with a saliency that needs no calibration, such as magnitude"
+                f"saliency {_label(config.saliency)!r} with allocation {config.allocation!r} looks at the inputs of the "
+                f"decoder layers ({stack[0]}); {outside[0]!r} lies outside. Leave it out of targets, or prune it without "
+                "calibration: magnitude, uniform"
             )
         if outside:
             notes.append(f"{len(outside)} weights outside the decoder layers stay dense, e.g. {outside[0]}")
             targets = {name: target for name, target in targets.items() if name not in outside}
         check_followable(model, targets)
-    if batches is not None:
-        batches = as_batches(batches, _TOKENS_PER_STEP.get(device.type, 2048))
-    elif needs != "nothing" or config.allocation == "owl":
+    if not looks_at_data(config):
+        batches = None  # not looked at, so no word of it in the report
+    elif batches is not None:
+        # a mean over |gradients| depends on how samples are grouped: one by one, whatever the device
+        step = 1 if needs == "gradient" else _TOKENS_PER_STEP.get(device.type, 2048)
+        batches = as_batches(batches, step)
+        _check_tokens(model, batches)
+    else:
+        also = "".join(f" and {name}" for name in ("repair", "permute") if getattr(config, name))
         raise ValueError(
-            f"saliency {_label(config.saliency)!r} with allocation {config.allocation!r}"
-            f"{' and repair' if config.repair else ''} looks at data; give calibration batches"
+            f"saliency {_label(config.saliency)!r} with allocation {config.allocation!r}{also} looks at data; give "
+            "calibration batches"
         )
     _check_weights(model, targets)
 
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     recapture = None if stack is None else partial(capture, model, *stack, batches, device, storage)
     try:
@@ -120,7 +136,7 @@ def prune(
             with timer("gradients"):
                 gradients = mean_gradients(model, batches, list(targets), device)
         if needs in ("nothing", "gradient"):
-            outcome = _prune_without_inputs(model, config, targets, plan, gradients, progress)
+            outcome = _prune_without_inputs(model, config, targets, plan, gradients, device, progress)
             layer_errors: dict[int, float] = {}
         else:
             store = None if resume_dir is None else FinishedLayers(resume_dir, model, config, batches)
@@ -128,7 +144,8 @@ def prune(
                 captured = recapture()
             outcome, layer_errors = _prune_layers(model, config, targets, plan, captured, needs, store, timer, progress)
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
     report = summarize(model, [outcome.measured[name] for name in targets])
     _record_config(model, config)
@@ -168,21 +185,30 @@ def _label(name) -> str:
     return name if isinstance(name, str) else getattr(name, "__name__", repr(name))
 
 
-def _needs(config: SparsityConfig) -> str:
-    """What the run must see: nothing, inputs, hessian or gradient."""
-    needs = saliency.needs(config.saliency)
-    if config.repair:
-        if needs == "gradient":
-            raise ValueError(
-                "repair works from layer inputs and does not combine with a gradient saliency; use wanda or obs"
-            )
-        return "hessian"
-    return needs
+def _check_tokens(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    """Before any work: on an accelerator a position or a token outside its table is an assertion that ends the process."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    if isinstance(positions, int) and longest > positions:
+        raise ValueError(f"the model has {positions} positions; calibration sequences of {longest} tokens are too long")
+    rows = len(model.get_input_embeddings().weight)
+    low, high = (f(int(f_(b["input_ids"])) for b in batches) for f, f_ in ((min, torch.min), (max, torch.max)))
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"the calibration data has token ids from {low} to {high}, but the model's embedding has {rows} rows; was it "
+            "tokenised with this model's tokenizer?"
+        )
 
 
 def _check_weights(model: nn.Module, targets: dict[str, Target]) -> None:
     for name in targets:
         weight = model.get_parameter(name)
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(
+                f"{name} is stored as {str(weight.dtype).removeprefix('torch.')}: a quantized model cannot be pruned; load it "
+                "dequantized, in bfloat16, say"
+            )
         if not bool(weight.isfinite().all()):
             bad = int((~weight.isfinite()).sum())
             raise ValueError(
@@ -193,14 +219,14 @@ def _check_weights(model: nn.Module, targets: dict[str, Target]) -> None:
 # ------------------------------------------------------------------------------------------------------- the loop itself
 
 
-def _prune_without_inputs(model, config, targets, plan, gradients, progress) -> _Outcome:
+def _prune_without_inputs(model, config, targets, plan, gradients, device, progress) -> _Outcome:
     """Saliencies that look at the weights alone, or at gradients already taken: no layer has to run."""
     outcome = _Outcome()
     with progress_bar(progress, "pruning", len(targets)) as step:
         for name, target in targets.items():
             statistics = Statistics(name=name, seed=config.seed)
-            gradient = target.matrix(gradients[name]) if name in gradients else None
-            _prune_group([name], targets, model, config, plan, statistics, outcome, gradient)
+            gradient = target.matrix(gradients[name]).to(device) if name in gradients else None
+            _prune_group([name], targets, model, config, plan, statistics, outcome, gradient, device)
             step(name)
     outcome.measure(model, targets, plan)
     return outcome
@@ -210,6 +236,10 @@ def _prune_layers(model, config, targets, plan, captured, needs, store, timer, p
     """The loop over decoder layers; ``(outcome, {layer: error})``."""
     outcome = _Outcome()
     layer_errors: dict[int, float] = {}
+    everything: dict[str, Target] = {}
+    if config.permute:
+        everything = find_targets(model, ["re:.*"])  # what produces the hidden units may itself stay dense
+        _check_permutable(targets, everything, plan, captured)
     with progress_bar(progress, "pruning", len(captured.layers)) as step:
         for index, layer in enumerate(captured.layers):
             mine = captured.targets_of(index, targets)
@@ -221,7 +251,8 @@ def _prune_layers(model, config, targets, plan, captured, needs, store, timer, p
                         statistics = collect(captured, index, layer, mine, needs, _keep_first(first))
                     if config.permute:
                         with timer("permute"):
-                            _permute(model, config, mine, plan, statistics, captured, index, layer, first[0])
+                            moved = captured, index, layer, first[0]
+                            _permute(model, config, mine, everything, plan, statistics, *moved)
                     with timer("solve"):
                         for names in _groups(statistics):
                             _prune_group(names, targets, model, config, plan, statistics[names[0]], outcome)
@@ -231,7 +262,8 @@ def _prune_layers(model, config, targets, plan, captured, needs, store, timer, p
                             captured.device, torch.float32, copy=True
                         )  # advance overwrites it
                         captured.advance(index, layer)
-                        layer_errors[index] = _layer_error(before, first[0], captured.hidden[0].to(captured.device))
+                        after = captured.hidden[0].to(captured.device)
+                        layer_errors[index] = _layer_error(before, first[0], after, captured.keep[0])
                 else:
                     with timer("propagate"):
                         captured.advance(index, layer)
@@ -241,22 +273,34 @@ def _prune_layers(model, config, targets, plan, captured, needs, store, timer, p
                 # a permutation also moves biases, which are no targets
                 names = [n for n, _ in model.named_parameters() if n.startswith(f"{captured.name}.{index}.")]
                 names = names if config.permute else list(mine)
-                store.save(index, names, model, outcome.errors, outcome.notes, layer_errors)
+                with timer("keep progress"):
+                    store.save(index, names, model, outcome.errors, outcome.notes, layer_errors)
             error = f" error {layer_errors[index]:.4f}" if index in layer_errors else ""
             step(f"layer {index + 1}/{len(captured.layers)}{error}")
     return outcome, layer_errors
 
 
-def _layer_error(before: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor) -> float:
-    """How far the layer's outputs moved, relative to what the layer adds to its inputs."""
+def _layer_error(before: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor, keep: torch.Tensor | None) -> float:
+    """How far the layer's outputs moved, relative to what the layer adds to its inputs; padding left out."""
+    if keep is not None:
+        before, dense, pruned = (x.reshape(len(keep), -1)[keep] for x in (before, dense, pruned))
     added = (dense.float() - before).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
     return float((dense.float() - pruned.float()).square().sum() / added)
 
 
-def _permute(model, config, targets, plan, statistics, captured, index, layer, reference) -> None:
+def _check_permutable(targets, everything, plan, captured) -> None:
+    hidden = captured.hidden[0].shape[-1]
+    if not any(isinstance(plan[name][0], NM) and producers_of(t, everything, hidden) for name, t in targets.items()):
+        raise ValueError(
+            "permute finds nothing to reorder: it moves the hidden units of an MLP whose consuming linear (down_proj) is "
+            "pruned n:m; experts and attention keep their order. Leave permute out, or widen targets"
+        )
+
+
+def _permute(model, config, targets, everything, plan, statistics, captured, index, layer, reference) -> None:
     """Reorders the hidden units of a layer's MLP for the n:m pattern of the weight that consumes them."""
     for name, target in targets.items():
-        pattern, producers = plan[name][0], producers_of(target, targets, reference.shape[-1])
+        pattern, producers = plan[name][0], producers_of(target, everything, reference.shape[-1])
         if not isinstance(pattern, NM) or not producers or statistics[name].sum_squares is None:
             continue
         weight = target.matrix(model.get_parameter(name).data).float()
@@ -272,8 +316,8 @@ def _permute(model, config, targets, plan, statistics, captured, index, layer, r
         statistics[name] = Statistics(tokens=old.tokens, sum_squares=squares, hessian=hessian)
 
 
-def _prune_group(names, targets, model, config, plan, statistics, outcome, gradient=None) -> None:
-    """Prunes weights that share one input: one matrix each, or one per expert."""
+def _prune_group(names, targets, model, config, plan, statistics, outcome, gradient=None, device=None) -> None:
+    """Prunes weights that share one input: one matrix each, or one per expert. Works on ``device`` if they are elsewhere."""
     matrices = [targets[name].matrix(model.get_parameter(name).data) for name in names]
     active = [i for i, name in enumerate(names) if plan[name][1] > 0]
     if not active:
@@ -286,13 +330,15 @@ def _prune_group(names, targets, model, config, plan, statistics, outcome, gradi
     for expert in range(len(matrices[0]) if per_expert else 1):
         views = [matrices[i][expert] if per_expert else matrices[i] for i in active]
         one = statistics[expert] if isinstance(statistics, list) else statistics
-        one.seed = config.seed
+        one.seed, one.damp = config.seed, config.damp
         one.gradient = None if gradient is None else (gradient[expert] if per_expert else gradient)
-        chosen = config.saliency
+        chosen, fits = config.saliency, config.repair
         if saliency.needs(chosen) in ("inputs", "hessian") and one.tokens < _fewest_tokens(views[0].shape[1]):
-            chosen, starved = "magnitude", starved + 1  # statistics of a handful of tokens would be noise
-        dense = [view.float() for view in views]
-        solutions = _solve(chosen, config, dense, one, patterns, sparsities, [names[i] for i in active], expert)
+            # statistics of a handful of tokens would be noise, to choose weights by and to fit them to
+            chosen, fits, starved = "magnitude", False, starved + 1
+        dense = [view.to(device or view.device, torch.float32) for view in views]
+        labels = [names[i] for i in active]
+        solutions = _solve(chosen, fits, config, dense, one, patterns, sparsities, labels, expert)
         for known, view, solution in zip(errors, views, solutions, strict=True):
             view.copy_(solution.weight)
             if one.hessian is not None:
@@ -310,7 +356,7 @@ def _fewest_tokens(inputs: int) -> int:
     return max(4, inputs // 32)
 
 
-def _solve(chosen, config, weights, statistics, patterns, sparsities, names, expert) -> list[Solution]:
+def _solve(chosen, fits, config, weights, statistics, patterns, sparsities, names, expert) -> list[Solution]:
     """Scores -> mask -> weight for matrices that share one input; or a solver that does all three."""
     if chosen in saliency.SOLVERS:
         if chosen == "sparsegpt":
@@ -334,11 +380,11 @@ def _solve(chosen, config, weights, statistics, patterns, sparsities, names, exp
             mask = pattern.mask(scores, sparsity)
             solutions.append(Solution(weight.masked_fill(~mask, 0.0), mask, 0.0))
     hessian = statistics.hessian
-    if config.repair and hessian is not None and statistics.tokens:
+    if fits and hessian is not None and statistics.tokens:
         start = [s.weight for s in solutions]
         repaired = repair(weights, hessian, [s.mask for s in solutions], damp=config.damp, start=start)
         solutions = [Solution(weight, s.mask, 0.0) for weight, s in zip(repaired, solutions, strict=True)]
-    if hessian is not None and not (chosen in saliency.SOLVERS and not config.repair):
+    if hessian is not None and not (chosen in saliency.SOLVERS and not fits):
         for weight, solution in zip(weights, solutions, strict=True):
             solution.error = relative_error(weight, solution.weight, hessian)
     return solutions

@@ -23,13 +23,13 @@ preconditioner, on a GPU). A 4096 -> 11008 projection: 0.7 TFLOP an iteration, a
 The step after the mask in ALPS (arxiv.org/abs/2406.07831, section 3.3); :mod:`hf_sparse.pruning.admm` ends with it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
+
+from hf_sparse.pruning.solution import matmul_precision
 
 __all__ = ["repair"]
 
+_PRODUCT = "tf32"  # precision of products whose error is relative to something small, on a GPU
 _EXACT_BUDGET = 2e10  # multiply-adds: what "auto" solves exactly, a second or so on a CPU
 
 
@@ -77,7 +77,7 @@ def repair(
         return []
     rows = [len(w) for w in weights]
     mask = torch.cat([m.to(hessian.device, torch.bool) for m in masks])
-    with exact_matmul():
+    with matmul_precision():
         matrix, scale, dead = correlation(hessian, damp)
         dense = torch.cat([w.float() for w in weights]) * scale
         begin = torch.cat([s.float() for s in start]) * scale if start else dense
@@ -109,18 +109,6 @@ def check_problem(weights: list[torch.Tensor], hessian: torch.Tensor, damp: floa
             raise ValueError(f"weight {index} has NaN or infinite entries")
 
 
-@contextmanager
-def exact_matmul() -> Iterator[None]:
-    """Full float32 products inside, whatever the caller allows elsewhere: TF32 residuals stall conjugate gradients."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def correlation(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """G = C + damp I ``[in, in]`` float32, the input norms sqrt(H_jj) ``[in]`` and which inputs are dead ``[in]``.
 
@@ -150,7 +138,12 @@ def inverse_of(matrix: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]
         added = ridge
         factor, info = torch.linalg.cholesky_ex(attempt)
         if int(info) == 0:
-            return torch.cholesky_inverse(factor), ridge
+            if not factor.is_cuda:
+                return torch.cholesky_inverse(factor), ridge
+            identity = torch.eye(len(factor), device=factor.device)
+            factor = torch.linalg.solve_triangular(factor, identity, upper=False)
+            with matmul_precision(_PRODUCT):  # a metric and a preconditioner need few digits
+                return factor.T @ factor, ridge
         ridge = max(10 * ridge, 1e-4 * unit)
     raise torch.linalg.LinAlgError(
         "the Hessian is not positive definite even with a ridge of 100 times its diagonal; it is not X^T X of any inputs"
@@ -194,7 +187,8 @@ def refine(
         slope = (residual * step).sum(dim=1, keepdim=True).clamp_min_(0.0)
         direction = step if direction is None else direction.mul_(_ratio(slope, previous)).add_(step)
         previous = slope
-        image = (direction @ matrix).mul_(mask)
+        with matmul_precision(_PRODUCT):  # the error of a product is relative to the step, and steps get small
+            image = (direction @ matrix).mul_(mask)
         length = _ratio(slope, (direction * image).sum(dim=1, keepdim=True))
         solution.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)
@@ -203,7 +197,8 @@ def refine(
         if gained <= tolerance * max(remaining, 0.0) or gained == 0.0:
             break
     lost = dense - solution
-    worse = ((lost @ matrix) * lost).sum(dim=1) > begin  # rounding, at a row already solved; NaN compares False
+    with matmul_precision(_PRODUCT):
+        worse = ((lost @ matrix) * lost).sum(dim=1) > begin  # rounding, at a row already solved; NaN compares False
     return torch.where(worse[:, None] | ~torch.isfinite(solution).all(dim=1, keepdim=True), start, solution)
 
 

@@ -83,7 +83,7 @@ def _fingerprint(model, config, batches) -> dict[str, str]:
             data.update(batch[key].contiguous().cpu().numpy().tobytes())
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        weights.update(name.encode())
+        weights.update(f"{name} {parameter.dtype}".encode())
         weights.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
     content = {key: value for key, value in config.to_dict().items() if key != "provenance"}
     return {

@@ -1,10 +1,12 @@
-"""What every solver returns, and the error they all report."""
+"""What every solver returns, the error they all report, and how precise their products are."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Solution", "relative_error"]
+__all__ = ["Solution", "matmul_precision", "relative_error"]
 
 
 @dataclass
@@ -30,6 +32,19 @@ def relative_error(dense: torch.Tensor, pruned: torch.Tensor, hessian: torch.Ten
         hessian: ``[in, in]``.
     """
     difference = dense - pruned
-    lost = ((difference @ hessian) * difference).sum()
-    total = ((dense @ hessian) * dense).sum()
+    with matmul_precision("tf32"):  # three digits of an error will do
+        lost = ((difference @ hessian) * difference).sum()
+        total = ((dense @ hessian) * dense).sum()
     return float(lost / total) if float(total) > 0 else 0.0
+
+
+@contextmanager
+def matmul_precision(precision: str = "ieee") -> Iterator[None]:
+    """Float32 products on a GPU in full (``ieee``) or with TF32 inputs (``tf32``), whatever the caller allows elsewhere."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -154,10 +154,12 @@ def test_mix_of_n_m_keeps_the_average(tiny_model):
 def test_gradient_saliencies(tiny_model):
     model, ids = tiny_model("llama"), tokens(4)
     dense = copies(model)
-    model(input_ids=ids, labels=ids).loss.backward()
     name = "model.layers.0.mlp.up_proj.weight"
-    expected = (model.get_parameter(name).grad.abs() * dense[name].abs()).flatten()
-    model.zero_grad(set_to_none=True)
+    expected = torch.zeros(dense[name].numel())
+    for row in ids:  # a mean over samples, however they are batched
+        model(input_ids=row[None], labels=row[None]).loss.backward()
+        expected += (model.get_parameter(name).grad.abs() * dense[name].abs()).flatten()
+        model.zero_grad(set_to_none=True)
     prune(model, SparsityConfig(sparsity=0.25, saliency="taylor"), ids)
     dropped = (model.get_parameter(name) == 0).flatten()
     assert expected[dropped].max() <= expected[~dropped].min() * (1 + 1e-4)
@@ -292,3 +294,96 @@ def test_training_mode_is_restored_and_hooks_are_gone(tiny_model):
     assert model.training
     for module in model.modules():
         assert not module._forward_pre_hooks and "forward" not in vars(module)
+
+
+def test_gradients_of_a_tied_head_and_gradients_that_were_there(tiny_model):
+    config, ids = SparsityConfig(saliency="taylor", targets=["lm_head", "up_proj"]), tokens(2)
+    models = [tiny_model("llama", tie_word_embeddings=True) for _ in range(2)]
+    stale = torch.full_like(models[0].lm_head.weight, 100.0)
+    models[0].lm_head.weight.grad = stale
+    for model in models:
+        prune(model, config, ids)
+    assert torch.equal(models[0].lm_head.weight, models[1].lm_head.weight)
+    assert models[0].lm_head.weight.grad is stale
+    unused = torch.ones(320, dtype=torch.bool).index_fill(0, ids.unique(), False)
+    zeros = (models[0].lm_head.weight == 0).float().mean(dim=1)
+    assert zeros[~unused].mean() < zeros[unused].mean() < 1  # by its gradients, not by its index
+
+
+def test_modules_keep_their_mode_and_their_own_forward(tiny_model):
+    model, calls = tiny_model("llama").train(), []
+    first, second = model.model.layers
+    second.eval()
+    stock = first.forward
+
+    def forward(*arguments, **named):
+        calls.append(1)
+        return stock(*arguments, **named)
+
+    first.forward = forward  # as accelerate's hooks do
+    prune(model, SparsityConfig(saliency="wanda"), tokens())
+    assert first.training and not second.training
+    assert first.forward is forward and calls and "forward" not in vars(second)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (tokens() + 300, "token ids from 30. to 6.., but the model's embedding has 320 rows"),
+        (tokens(2, 600), "the model has 512 positions; calibration sequences of 600"),
+    ],
+)
+@pytest.mark.parametrize("name", ["wanda", "taylor"])
+def test_tokens_the_model_cannot_take(tiny_model, ids, message, name):
+    with pytest.raises(ValueError, match=message):
+        prune(tiny_model("llama"), SparsityConfig(saliency=name), ids)
+
+
+def test_quantized_and_unloaded_weights_are_refused(tiny_model):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(128, 64, dtype=torch.int8), False)
+    with pytest.raises(ValueError, match=r"up_proj.weight is stored as int8: a quantized model"):
+        prune(model, SparsityConfig())
+    model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(ValueError, match="weights on the meta device"):
+        prune(model, SparsityConfig())
+
+
+def test_data_that_is_not_looked_at_is_not_reported(tiny_model):
+    assert prune(tiny_model("llama"), SparsityConfig(), tokens()).calibration == {}
+
+
+def test_a_dense_override_conforms(tiny_model):
+    report = prune(tiny_model("llama"), SparsityConfig(pattern="2:4", overrides={"down_proj": 0.0}))
+    assert report.conforms and report.by_kind()["down_proj"]["density"] == 1.0
+
+
+def test_damp_reaches_obs(tiny_model):
+    models = [tiny_model("llama") for _ in range(2)]
+    for model, damp in zip(models, (0.01, 100.0), strict=True):
+        prune(model, SparsityConfig(saliency="obs", damp=damp), tokens())
+    assert not torch.equal(models[0].model.layers[0].mlp.up_proj.weight, models[1].model.layers[0].mlp.up_proj.weight)
+
+
+def test_permute_looks_at_data_and_moves_dense_producers_too(tiny_model):
+    config = SparsityConfig(pattern="2:4", permute=True, targets=["down_proj"])
+    with pytest.raises(ValueError, match="and permute looks at data"):
+        prune(tiny_model("llama"), config)
+    model = tiny_model("llama")
+    dense = copies(model)
+    prune(model, config, tokens())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(model.get_parameter(name), dense[name])
+    rows = [sorted(map(tuple, weight.tolist())) for weight in (model.get_parameter(name), dense[name])]
+    assert rows[0] == rows[1]  # the same rows in another order
+    with pytest.raises(ValueError, match="permute finds nothing to reorder"):
+        prune(tiny_model("llama"), SparsityConfig(pattern="2:4", permute=True, targets=["q_proj"]), tokens())
+
+
+def test_resume_in_another_dtype_is_another_run(tiny_model, tmp_path):
+    config, ids = SparsityConfig(saliency="wanda"), tokens()
+    model = tiny_model("llama").to(torch.bfloat16)
+    prune(model, config, ids, resume_dir=tmp_path / "progress")
+    with pytest.raises(ValueError, match="another run: its model"):
+        same = tiny_model("llama").to(torch.bfloat16).float()
+        prune(same, config, ids, resume_dir=tmp_path / "progress")
