@@ -71,6 +71,7 @@ def main() -> None:
     from hf_sparse.data import load_tokens
     from hf_sparse.hub_cards import write_card
     from hf_sparse.instruments import peak_memory
+    from hf_sparse.pruning.measure import remeasure_bytes
 
     transformers.logging.set_verbosity_error()
     console = Console()
@@ -104,6 +105,7 @@ def main() -> None:
 
     console.rule("[4/5] save")
     model.to(torch.bfloat16)
+    remeasure_bytes(model, report)
     packed = save_packed(model, output, processing_class=tokenizer, overwrite=True)
     report.save(output / "sparsity_report.json")
     try:

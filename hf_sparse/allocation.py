@@ -14,7 +14,7 @@ import math
 
 from hf_sparse.targets import Target, match_names
 
-__all__ = ["ALLOCATIONS", "erk", "from_dict", "nm_mix", "outlier_ratio", "owl", "uniform"]
+__all__ = ["ALLOCATIONS", "erk", "from_dict", "in_units", "nm_mix", "outlier_ratio", "owl", "uniform"]
 
 Sizes = dict[str, int]  # {parameter name: number of weights}
 ALLOCATIONS = {"uniform": (), "erk": (), "owl": ("lam", "outlier")}  # {name: its options}
@@ -139,12 +139,23 @@ def _clipped(wanted: dict[str, float], sizes: Sizes, sparsity: float) -> dict[st
         fixed.update(outside)
 
 
-def _whole_weights(sparsities: dict[str, float], sizes: Sizes) -> dict[str, float]:
-    """Rounds each share to whole weights, carrying the remainder to the next, so that the total is exact."""
+def in_units(sparsities: dict[str, float], sizes: Sizes, units: Sizes) -> dict[str, float]:
+    """Sparsities as whole numbers of a pattern's units (blocks, rows), the remainder carried to the next parameter, so
+    that the average misses the one asked for by half a unit at most.
+
+    Args:
+        units: ``{name: weights that go together}`` (:meth:`hf_sparse.patterns.Pattern.unit`, times the experts).
+    """
     result, wanted, given = {}, 0.0, 0
     for name, size in sizes.items():
         wanted += sparsities[name] * size
-        count = min(size, max(0, round(wanted) - given))
+        unit = units[name]
+        missing = round(wanted) - given if unit == 1 else round((wanted - given) / unit)
+        count = min(size // unit, max(0, missing)) * unit
         given += count
         result[name] = count / size
     return result
+
+
+def _whole_weights(sparsities: dict[str, float], sizes: Sizes) -> dict[str, float]:
+    return in_units(sparsities, sizes, dict.fromkeys(sizes, 1))

@@ -171,8 +171,11 @@ def _experts_hook(owned: list[Target], module: nn.Module, result: dict, keep: li
                 result.update({t.name: shared for t in group})
         weight = getattr(module, entry)
         bias = getattr(module, entry + "_bias", None) if module.has_bias else None
-        for expert in range(count):
-            rows = hidden[(index == expert).any(dim=-1)]
+        # one sort for all experts: picking each one's tokens by a mask would wait for the device once per expert
+        order = index.flatten().argsort(stable=True)
+        sizes = torch.bincount(index.flatten(), minlength=count)[:count].tolist()
+        for expert, chosen in enumerate((order // index.shape[1])[: sum(sizes)].split(sizes)):
+            rows = hidden[chosen]
             if len(rows) == 0:
                 continue
             if first:

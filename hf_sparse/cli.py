@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     arguments.command_line = "hf-sparse " + shlex.join(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    stdout = sys.stdout
+    stdout = commands.OUTPUT = sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr):  # libraries print; standard output is the result's alone
             result = arguments.run(arguments)

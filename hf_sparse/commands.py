@@ -14,6 +14,7 @@ __all__ = ["run_eval", "run_inspect", "run_pack", "run_prune", "run_unpack"]
 
 REPORT_FILE = "sparsity_report.json"
 PLOT_FILE = "sparsity_report.png"
+OUTPUT = None  # where tables go; set by hf_sparse.cli.main
 
 
 def run_prune(arguments) -> dict[str, Any]:
@@ -273,7 +274,8 @@ def _weight_bytes(directory: Path) -> int:
 def _console():
     from rich.console import Console
 
-    return Console(file=sys.__stdout__, markup=False)  # a path may hold [brackets]
+    # the stream that was standard output before main() sent what libraries print elsewhere; a path may hold [brackets]
+    return Console(file=OUTPUT or sys.stdout, markup=False)
 
 
 def _show_report(report, output: Path | None) -> None:
@@ -285,7 +287,7 @@ def _show_report(report, output: Path | None) -> None:
         f"{report.macs_sparse / 1e9:.4g} of {report.macs_dense / 1e9:.4g} GMACs per token; "
         f"{'runs as 2:4' if report.parameters and all(p.two_four for p in report.parameters) else 'not 2:4'}"
     )
-    for note in [*report.notes, *sorted({f"{p.name}: {p.note}" for p in report.parameters if p.note})]:
+    for note in report.all_notes():
         console.print(f"note: {note}")
     if output is not None:
         spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.timings.items())

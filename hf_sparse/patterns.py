@@ -60,6 +60,10 @@ class Pattern:
         """The sparsity the pattern itself fixes (n:m), or None where the caller chooses it."""
         return None
 
+    def unit(self, shape: tuple[int, ...]) -> int:
+        """How many weights of a ``[out, in]`` matrix go together: sparsities come in multiples of this."""
+        return 1
+
     def fits(self, shape: tuple[int, ...]) -> str | None:
         """None if a matrix of this ``[..., out, in]`` shape can take the pattern, else the reason why not."""
         return None
@@ -131,6 +135,9 @@ class Unstructured(Pattern):
 class ConstantFanIn(Pattern):
     """Every output row keeps the same number of inputs; a row of zeros (an ablated neuron) conforms too."""
 
+    def unit(self, shape):
+        return shape[-2]
+
     def _drop(self, scores, sparsity):
         return _drop_lowest(scores, pruned_count(sparsity, scores.shape[1]))
 
@@ -193,6 +200,9 @@ class Block(Pattern):
             return f"{shape[-2]}x{shape[-1]} is not made of whole {self.rows}x{self.cols} blocks"
         return None
 
+    def unit(self, shape):
+        return self.rows * self.cols
+
     def _blocks(self, matrix):
         out, inp = matrix.shape
         return matrix.reshape(out // self.rows, self.rows, inp // self.cols, self.cols)
@@ -218,6 +228,9 @@ class Block(Pattern):
 @dataclass(frozen=True)
 class Channel(Pattern):
     """Whole output rows, ranked by the sum of their scores. The weight keeps its shape: this is a mask, not a resize."""
+
+    def unit(self, shape):
+        return shape[-1]
 
     def _drop(self, scores, sparsity):
         sums = scores.sum(dim=1)

@@ -127,6 +127,14 @@ class SparsityReport:
             }
         return result
 
+    def all_notes(self) -> list[str]:
+        """Everything out of the ordinary, equal notes of one kind of parameter told once."""
+        told: dict[tuple[str, str], int] = {}
+        for p in self.parameters:
+            if p.note:
+                told[p.kind, p.note] = told.get((p.kind, p.note), 0) + 1
+        return [*self.notes, *(f"{kind}, {count} of them: {note}" for (kind, note), count in told.items())]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, totals first."""
         summary = {

@@ -234,3 +234,16 @@ def test_an_nm_mix_keeps_at_least_one_of_m_and_takes_it_from_another():
 
 def test_names():
     assert set(allocation.ALLOCATIONS) == {"uniform", "erk", "owl"}
+
+
+@pytest.mark.parametrize("text", ["16x16", "constant-fan-in", "channel", "unstructured"])
+def test_coarse_patterns_meet_the_average_to_half_a_unit(text, tiny_model):
+    """Ten layers of blocks: each rounds to whole units, and what one loses the next makes up for."""
+    from hf_sparse import SparsityConfig, prune
+
+    model = tiny_model("llama", num_hidden_layers=4)
+    report = prune(model, SparsityConfig(sparsity=0.55, pattern=text, saliency="magnitude"))
+    total = sum(p.numel for p in report.parameters)
+    unit = {"16x16": 256, "constant-fan-in": 128, "channel": 128, "unstructured": 1}[text]
+    assert abs(report.sparsity - 0.55) * total <= unit / 2 + 1e-6
+    assert report.conforms

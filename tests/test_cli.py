@@ -135,7 +135,8 @@ def test_resume_says_when_there_is_nothing_to_resume(tiny_model_dir, tmp_path, c
 def test_tables_are_for_people(tiny_model_dir, tmp_path, capsys):
     out = tmp_path / "out"
     code = main(["prune", str(tiny_model_dir), "--saliency", "magnitude", "--output", str(out)])
-    assert code == 0
+    shown = capsys.readouterr().out
+    assert code == 0 and "down_proj" in shown and "50.00% of" in shown and f"saved {out}" in shown.replace("\n", "")
     assert (out / "sparsity_report.json").is_file()
 
 

@@ -9,7 +9,7 @@ from hf_sparse.patterns import NM, Pattern, parse
 from hf_sparse.report import ParameterReport, SparsityReport
 from hf_sparse.targets import Target, find_targets
 
-__all__ = ["measure", "measure_parameter", "summarize"]
+__all__ = ["measure", "measure_parameter", "remeasure_bytes", "summarize"]
 
 _TWO_FOUR = NM(2, 4)
 
@@ -65,6 +65,15 @@ def measure(model: nn.Module, targets: dict[str, Target], patterns: dict[str, Pa
         pattern = (patterns or {}).get(name, unstructured)
         parameters.append(measure_parameter(target, model.get_parameter(name), pattern, active_share(model, target)))
     return summarize(model, parameters)
+
+
+@torch.no_grad()
+def remeasure_bytes(model: nn.Module, report: SparsityReport) -> None:
+    """Brings densities and bytes up to date after a cast of the model: what is saved is what is reported."""
+    targets = find_targets(model, ["re:.*"])
+    for entry in report.parameters:
+        now = measure_parameter(targets[entry.name], model.get_parameter(entry.name), parse(entry.pattern))
+        entry.density, entry.bytes_dense, entry.bytes_packed = now.density, now.bytes_dense, now.bytes_packed
 
 
 def summarize(model: nn.Module, parameters: list[ParameterReport]) -> SparsityReport:

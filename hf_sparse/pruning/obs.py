@@ -128,7 +128,8 @@ def _solve(
 
 
 def _block_mask(scores, pattern, rows, sparsities, start, end):
-    """The mask of columns ``start:end``, ranked per weight; counts follow the running total, so the whole is exact."""
+    """The mask of columns ``start:end``, ranked per weight; counts follow the running total, so the whole is exact. Rows of
+    the ``row`` pattern may differ by one weight a block."""
     if isinstance(pattern, Unstructured) and pattern.scope == "tensor":
         counts = [round(s * r * end) - round(s * r * start) for s, r in zip(sparsities, rows, strict=True)]
         return lowest_mask(scores, counts, rows)

@@ -91,6 +91,9 @@ def make_plan(
     elif default.implied_sparsity is not None:
         plan.update(dict.fromkeys(rest, (default, default.implied_sparsity)))
     else:
+        if not isinstance(config.allocation, dict):
+            units = {n: default.unit(t.shape) * (t.shape[0] if t.is_experts else 1) for n, t in rest.items()}
+            sparsities = allocation.in_units(sparsities, sizes, units)
         plan.update({name: (default, sparsities[name]) for name in rest})
     for name, (pattern, sparsity) in plan.items():
         reason = pattern.fits(targets[name].shape) if sparsity > 0 else None
