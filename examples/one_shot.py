@@ -152,28 +152,36 @@ def table(results: dict, official: dict):
 
 
 def plot(results: dict, official: dict, path: Path, model: str) -> None:
-    """Perplexity against unstructured sparsity, a line per method; official numbers as crosses."""
+    """Perplexity against unstructured sparsity, a colour per method; crosses are the official codes' numbers."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for source, mark in ((results, "o-"), (official, "x")):
-        lines.clear()
+    def by_method(source: dict) -> dict[str, list[tuple[float, float]]]:
+        lines: dict[str, list[tuple[float, float]]] = {}
         for run, facts in source.items():
             method, _, amount = run.partition("@")
             if amount and ":" not in amount:
                 lines.setdefault(method, []).append((float(amount), facts["perplexity"]))
-        for method, points in sorted(lines.items()):
-            label = method if mark == "o-" else f"{method}, official code"
-            axis.plot(*zip(*sorted(points), strict=True), mark, label=label)
+        return {method: sorted(points) for method, points in lines.items()}
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
+    ours, theirs = by_method(results), by_method(official)
+    ours = dict(sorted(ours.items(), key=lambda item: -item[1][-1][1]))  # the legend in the order of the curves
+    for number, (method, points) in enumerate(ours.items()):
+        colour = colormaps["tab20"](number % 20)
+        axis.plot(*zip(*points, strict=True), "o-", color=colour, label=method)
+        if method in theirs:
+            axis.plot(*zip(*theirs[method], strict=True), "x", color=colour, markersize=10, label=f"{method}, official")
+    if "dense" in results:
+        axis.axhline(results["dense"]["perplexity"], color="black", linestyle=":", label="dense")
     axis.set_yscale("log")
     axis.set_xlabel("sparsity")
     axis.set_ylabel("perplexity (log scale)")
     axis.set_title(f"{model}, one-shot pruning")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
