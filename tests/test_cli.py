@@ -306,7 +306,15 @@ def test_killed_and_resumed(tiny_model, tiny_tokenizer, calibration_file, tmp_pa
     program = "import sys; from hf_sparse.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run started in the background inherits SIGINT ignored, and so would this process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 240
     while not (progress / "layer-00002").is_dir() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
