@@ -23,18 +23,14 @@ from hf_sparse import saliency
 from hf_sparse.calibration import check_followable, collect, mean_gradients
 from hf_sparse.capture import as_batches, capture, find_decoder_layers, visiting
 from hf_sparse.config import CONFIG_KEY, SparsityConfig
-from hf_sparse.flops import active_share
 from hf_sparse.instruments import Timer, device_name, peak_memory, progress_bar, reset_peak_memory, versions
-from hf_sparse.patterns import NM, Pattern
-from hf_sparse.pruning.admm import alps
-from hf_sparse.pruning.measure import measure_parameter, summarize
-from hf_sparse.pruning.obs import sparsegpt
+from hf_sparse.patterns import NM
+from hf_sparse.pruning.group import Outcome, label, prune_group
+from hf_sparse.pruning.measure import summarize
 from hf_sparse.pruning.permute import choose_permutation, permute_hidden_units, producers_of
 from hf_sparse.pruning.plan import data_needs, looks_at_data, make_plan
-from hf_sparse.pruning.repair import repair
 from hf_sparse.pruning.resume import FinishedLayers
-from hf_sparse.pruning.solution import Solution, relative_error
-from hf_sparse.report import ParameterReport, SparsityReport
+from hf_sparse.report import SparsityReport
 from hf_sparse.saliency import Statistics
 from hf_sparse.targets import Target, find_targets
 
@@ -102,7 +98,7 @@ def prune(
         outside = [name for name in targets if not name.startswith(stack[0] + ".")]
         if outside and config.targets is not None:
             raise ValueError(
-                f"saliency {_label(config.saliency)!r} with allocation {config.allocation!r} looks at the inputs of the "
+                f"saliency {label(config.saliency)!r} with allocation {config.allocation!r} looks at the inputs of the "
                 f"decoder layers ({stack[0]}); {outside[0]!r} lies outside. Leave it out of targets, or prune it without "
                 "calibration: magnitude, uniform"
             )
@@ -120,7 +116,7 @@ def prune(
     else:
         also = "".join(f" and {name}" for name in ("repair", "permute") if getattr(config, name))
         raise ValueError(
-            f"saliency {_label(config.saliency)!r} with allocation {config.allocation!r}{also} looks at data; give "
+            f"saliency {label(config.saliency)!r} with allocation {config.allocation!r}{also} looks at data; give "
             "calibration batches"
         )
     _check_weights(model, targets)
@@ -165,26 +161,6 @@ def prune(
     return report
 
 
-class _Outcome:
-    """What becomes known about the parameters on the way: errors, anything out of the ordinary, and their final measure."""
-
-    def __init__(self):
-        self.errors: dict[str, float] = {}
-        self.notes: dict[str, str] = {}
-        self.measured: dict[str, ParameterReport] = {}
-
-    def measure(self, model: nn.Module, targets: dict[str, Target], plan: dict[str, tuple[Pattern, float]]) -> None:
-        """Measures parameters where they are now: counting zeros of a large model is quick on the device only."""
-        for name, target in targets.items():
-            weight, share = model.get_parameter(name), active_share(model, target)
-            facts = self.errors.get(name), self.notes.get(name)
-            self.measured[name] = measure_parameter(target, weight, plan[name][0], share, *facts)
-
-
-def _label(name) -> str:
-    return name if isinstance(name, str) else getattr(name, "__name__", repr(name))
-
-
 def _check_tokens(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
     """Before any work: on an accelerator a position or a token outside its table is an assertion that ends the process."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
@@ -219,14 +195,14 @@ def _check_weights(model: nn.Module, targets: dict[str, Target]) -> None:
 # ------------------------------------------------------------------------------------------------------- the loop itself
 
 
-def _prune_without_inputs(model, config, targets, plan, gradients, device, progress) -> _Outcome:
+def _prune_without_inputs(model, config, targets, plan, gradients, device, progress) -> Outcome:
     """Saliencies that look at the weights alone, or at gradients already taken: no layer has to run."""
-    outcome = _Outcome()
+    outcome = Outcome()
     with progress_bar(progress, "pruning", len(targets)) as step:
         for name, target in targets.items():
             statistics = Statistics(name=name, seed=config.seed)
             gradient = target.matrix(gradients[name]).to(device) if name in gradients else None
-            _prune_group([name], targets, model, config, plan, statistics, outcome, gradient, device)
+            prune_group([name], targets, model, config, plan, statistics, outcome, gradient, device)
             step(name)
     outcome.measure(model, targets, plan)
     return outcome
@@ -234,7 +210,7 @@ def _prune_without_inputs(model, config, targets, plan, gradients, device, progr
 
 def _prune_layers(model, config, targets, plan, captured, needs, store, timer, progress):
     """The loop over decoder layers; ``(outcome, {layer: error})``."""
-    outcome = _Outcome()
+    outcome = Outcome()
     layer_errors: dict[int, float] = {}
     everything: dict[str, Target] = {}
     if config.permute:
@@ -255,7 +231,7 @@ def _prune_layers(model, config, targets, plan, captured, needs, store, timer, p
                             _permute(model, config, mine, everything, plan, statistics, *moved)
                     with timer("solve"):
                         for names in _groups(statistics):
-                            _prune_group(names, targets, model, config, plan, statistics[names[0]], outcome)
+                            prune_group(names, targets, model, config, plan, statistics[names[0]], outcome)
                     del statistics
                     with timer("propagate"):
                         before = captured.hidden[0].to(
@@ -314,80 +290,6 @@ def _permute(model, config, targets, everything, plan, statistics, captured, ind
         hessian = None if old.hessian is None else old.hessian[order][:, order]
         squares = old.sum_squares[order] if hessian is None else hessian.diagonal()
         statistics[name] = Statistics(tokens=old.tokens, sum_squares=squares, hessian=hessian)
-
-
-def _prune_group(names, targets, model, config, plan, statistics, outcome, gradient=None, device=None) -> None:
-    """Prunes weights that share one input: one matrix each, or one per expert. Works on ``device`` if they are elsewhere."""
-    matrices = [targets[name].matrix(model.get_parameter(name).data) for name in names]
-    active = [i for i, name in enumerate(names) if plan[name][1] > 0]
-    if not active:
-        return
-    patterns = [plan[names[i]][0] for i in active]
-    sparsities = [plan[names[i]][1] for i in active]
-    per_expert = matrices[0].dim() == 3
-    errors: list[list[tuple[float, int]]] = [[] for _ in active]  # (error, tokens) of every matrix
-    starved = 0
-    for expert in range(len(matrices[0]) if per_expert else 1):
-        views = [matrices[i][expert] if per_expert else matrices[i] for i in active]
-        one = statistics[expert] if isinstance(statistics, list) else statistics
-        one.seed, one.damp = config.seed, config.damp
-        one.gradient = None if gradient is None else (gradient[expert] if per_expert else gradient)
-        chosen, fits = config.saliency, config.repair
-        if saliency.needs(chosen) in ("inputs", "hessian") and one.tokens < _fewest_tokens(views[0].shape[1]):
-            # statistics of a handful of tokens would be noise, to choose weights by and to fit them to
-            chosen, fits, starved = "magnitude", False, starved + 1
-        dense = [view.to(device or view.device, torch.float32) for view in views]
-        labels = [names[i] for i in active]
-        solutions = _solve(chosen, fits, config, dense, one, patterns, sparsities, labels, expert)
-        for known, view, solution in zip(errors, views, solutions, strict=True):
-            view.copy_(solution.weight)
-            if one.hessian is not None:
-                known.append((solution.error, one.tokens))
-    for i, known in zip(active, errors, strict=True):
-        if known:  # experts count by the tokens they serve
-            outcome.errors[names[i]] = sum(e * n for e, n in known) / sum(n for _, n in known)
-        if starved:
-            what = f"{starved} of {len(matrices[0])} experts" if per_expert else "it"
-            outcome.notes[names[i]] = f"too few calibration tokens: {what} pruned by magnitude"
-
-
-def _fewest_tokens(inputs: int) -> int:
-    """Fewer rows than this say nothing about a covariance of ``inputs`` dimensions, even with a ridge."""
-    return max(4, inputs // 32)
-
-
-def _solve(chosen, fits, config, weights, statistics, patterns, sparsities, names, expert) -> list[Solution]:
-    """Scores -> mask -> weight for matrices that share one input; or a solver that does all three."""
-    if chosen in saliency.SOLVERS:
-        if chosen == "sparsegpt":
-            options = {"damp": config.damp, "block_size": config.block_size}
-            solutions = sparsegpt(weights, statistics.hessian, patterns, sparsities, **options)
-        else:
-            solutions = alps(weights, statistics.hessian, patterns, sparsities, damp=config.damp)
-    else:
-        score = saliency.get(chosen)
-        solutions = []
-        for weight, pattern, sparsity, name in zip(weights, patterns, sparsities, names, strict=True):
-            statistics.name = f"{name}[{expert}]" if expert else name
-            scores = score(weight, statistics)
-            if bool(scores.isnan().any()):
-                raise ValueError(f"saliency {_label(chosen)!r} returned NaN scores for {name}")
-            if scores.shape != weight.shape:
-                raise ValueError(
-                    f"saliency {_label(chosen)!r} returned scores of shape {tuple(scores.shape)} for {name} of shape "
-                    f"{tuple(weight.shape)}"
-                )
-            mask = pattern.mask(scores, sparsity)
-            solutions.append(Solution(weight.masked_fill(~mask, 0.0), mask, 0.0))
-    hessian = statistics.hessian
-    if fits and hessian is not None and statistics.tokens:
-        start = [s.weight for s in solutions]
-        repaired = repair(weights, hessian, [s.mask for s in solutions], damp=config.damp, start=start)
-        solutions = [Solution(weight, s.mask, 0.0) for weight, s in zip(repaired, solutions, strict=True)]
-    if hessian is not None and not (chosen in saliency.SOLVERS and not fits):
-        for weight, solution in zip(weights, solutions, strict=True):
-            solution.error = relative_error(weight, solution.weight, hessian)
-    return solutions
 
 
 def _groups(statistics: dict) -> list[list[str]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_sparse import SparsityConfig, find_targets, prune
-from hf_sparse.pruning.prune import _fewest_tokens
+from hf_sparse.pruning.group import fewest_tokens
 from hf_sparse.saliency import SALIENCIES
 
 
@@ -179,7 +179,7 @@ def test_experts_with_few_tokens_fall_back_and_say_so(tiny_model):
     name = next(p.name for p in noted)
     starved = [e for e in range(4) if torch.equal((w := model.get_parameter(name)[e])[w != 0], dense[name][e][w != 0])]
     assert starved  # magnitude moves no weight
-    assert _fewest_tokens(4096) == 128
+    assert fewest_tokens(4096) == 128
 
 
 def test_padding_does_not_count(tiny_model):
