@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--output", default="demo-output", help="default: %(default)s")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--saliency", default="sparsegpt")
-    parser.add_argument("--repair", action="store_true", help="re-fit the kept weights: better, some minutes longer")
+    parser.add_argument("--repair", action="store_true", help="re-fit the kept weights: better, a minute longer")
     parser.add_argument("--samples", type=int, default=24, help="calibration segments; default: %(default)s")
     parser.add_argument("--sequence-length", type=int, default=512, help="their tokens; default: %(default)s")
     parser.add_argument(
