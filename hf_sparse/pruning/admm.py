@@ -31,10 +31,9 @@ layer 0's attention, much of it the ridge), on other text between 33% lower and 
 of these same matrices and, for the ridge, that same text. On an ill-conditioned synthetic problem at 80% it is 8 to 13% worse.
 
 Cost for weights [R, n] in total: 3 factorisations and inverses (n^3 multiply-adds each), ``iterations`` products of 2 R n^2
-FLOP in bf16, and about 10 conjugate-gradient steps of 2 R n^2 in fp32. For one layer of Llama-2-7B (q, k, v, o, gate, up with
-n = 4096, down with n = 11008) a product over all seven is 2.3 TFLOP. Estimated, not measured, for an H200 (45 fp32 and 600 bf16
-TFLOP/s, 4 TB/s): factorisations 0.5 s (nearly all of it down's), 48 iterations 0.2 s of products and 0.5 s of memory traffic,
-refinement 0.6 s; about 1.8 s a layer, against SparseGPT's 2.3 s including the forward passes.
+FLOP in bf16, and about 10 conjugate-gradient steps of 2 R n^2 in TF32. Measured on one H200 for a Llama of 7B shape: 0.82 s a
+layer, where SparseGPT's solve takes 0.19 s; with forward passes and Hessians ALPS then takes 1.5 times as long
+(examples/results/one_shot_speed_alps.json).
 """
 
 import torch

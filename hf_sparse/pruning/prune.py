@@ -55,7 +55,7 @@ def prune(
     Args:
         model: any transformers model; decoder-only for saliencies that look at data.
         config: what to prune and how. ``model.config`` records it under ``hf_sparse``.
-        batches: calibration token ids, see :func:`hf_sparse.calibration.as_batches`. Needed by every saliency that looks
+        batches: calibration token ids, see :func:`hf_sparse.capture.as_batches`. Needed by every saliency that looks
             at data; a few hundred thousand tokens are customary (128 sequences of 2,048).
         device: where a layer is while it is worked on; default: where the model is. The model stays where it is and its
             layers visit the device one at a time; a gradient saliency takes the whole model there for its backward pass.

@@ -17,8 +17,8 @@ conjugate gradients on all rows at once: an iteration is a product [rows, in] x 
 diagonal alone would take, 10 to 15 come within 0.3% of the optimum). Rows that share a matrix (q/k/v, gate/up) are one
 tall problem.
 
-Cost: one Cholesky inverse (in^3 multiply-adds) and per iteration 2 rows in^2 in fp32 and as much in bf16 (the
-preconditioner, on a GPU). A 4096 -> 11008 projection: 0.7 TFLOP an iteration, about 20 ms on an H200 (estimated).
+Cost: one Cholesky inverse (in^3 multiply-adds) and per iteration two products of 2 rows in^2 FLOP: on a GPU
+one in TF32 and, inside ALPS, the preconditioner's in bf16. A 4096 -> 11008 projection: 0.37 TFLOP each.
 
 The step after the mask in ALPS (arxiv.org/abs/2406.07831, section 3.3); :mod:`hf_sparse.pruning.admm` ends with it.
 """
