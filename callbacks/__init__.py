@@ -8,4 +8,24 @@ the files as ``hf_sparse/callbacks``. Modules here import by absolute names (``h
 ``callbacks``, which would be a second copy of the same module.
 """
 
-__all__: list[str] = []
+import importlib
+
+_EXPORTS = {
+    "DenseFinetuningCallback": "hf_sparse.callbacks.dense_finetuning",
+    "FlopsCallback": "hf_sparse.callbacks.flops",
+    "SparsityCallback": "hf_sparse.callbacks.sparsity",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

@@ -19,6 +19,8 @@ _EXPORTS = {
     "Masks": "hf_sparse.masks",
     "SparsityConfig": "hf_sparse.config",
     "SparsityReport": "hf_sparse.report",
+    "SparseTraining": "hf_sparse.training.sparse_training",
+    "densify": "hf_sparse.training.densify",
     "find_targets": "hf_sparse.targets",
     "inspect_checkpoint": "hf_sparse.inspection",
     "load_model": "hf_sparse.loading",
@@ -31,6 +33,7 @@ _EXPORTS = {
     "prune": "hf_sparse.pruning.prune",
     "repair": "hf_sparse.pruning.repair",
     "save_packed": "hf_sparse.formats",
+    "sparsify": "hf_sparse.training.sparse_training",
     "unpack_checkpoint": "hf_sparse.formats",
 }
 _RENAMED = {"parse_pattern": "parse"}

@@ -6,6 +6,7 @@ so a checkpoint tells every later stage what its zeros mean, and it reads and wr
 
     config = SparsityConfig(sparsity=0.5, saliency="sparsegpt")
     config = SparsityConfig(pattern="2:4", saliency="wanda", overrides={r"re:.*down_proj": 0.0})
+    config = SparsityConfig(sparsity=0.75, method="rigl", schedule={"every": 500})     # for training, see hf_sparse.methods
     SparsityConfig.from_dict(config.to_dict()) == config
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 from hf_sparse import patterns, saliency
 from hf_sparse.allocation import ALLOCATIONS
+from hf_sparse.methods import METHODS, STARTS, schedule_options
 
 __all__ = ["CONFIG_KEY", "CONFIG_VERSION", "SparsityConfig"]
 
@@ -37,10 +39,17 @@ class SparsityConfig:
     Args:
         sparsity: fraction of zeros over all targets, in [0, 1). Default 0.5; an n:m pattern fixes it to 1 - n/m.
         pattern: see :mod:`hf_sparse.patterns`: ``unstructured``, ``row``, ``n:m``, ``RxC``, ``constant-fan-in``, ``channel``.
-            Default: the comparison group of the saliency's paper (``row`` for wanda, ``unstructured`` for the others).
+            Default: the method's; else the comparison group of the saliency's paper (``row`` for wanda, ``unstructured``
+            for the others).
         saliency: a name of :data:`hf_sparse.saliency.SALIENCIES` or a solver (``sparsegpt``, ``alps``), or a callable
-            ``(weight [out, in], statistics) -> scores [out, in]``.
+            ``(weight [out, in], statistics) -> scores [out, in]``. Default ``magnitude``. With a training method: what
+            chooses the first mask, ``random``, ``magnitude`` or ``zeros`` (those the model has); default the method's.
+        method: how to train with zeros, a name of :data:`hf_sparse.methods.METHODS` (``static``, ``set``, ``rigl``,
+            ``gmp``, ...); None for one-shot pruning.
+        schedule: when masks change, options of the method, e.g. ``{"every": 500, "end": 0.8, "drop_fraction": 0.3}``.
+            A whole number is an optimizer step, a float up to 1 a share of training.
         allocation: ``uniform``, ``erk`` or ``owl``, or a dict of ``{name or re: pattern: sparsity}`` for every target.
+            Default: the method's, else ``uniform``.
         allocation_options: keyword arguments of the allocation, e.g. ``{"lam": 0.08, "outlier": 5.0}`` for OWL.
         overrides: ``{name or re: pattern: sparsity or pattern string}`` for some targets; they are left out of the average.
         targets: which parameters; names, ``re:`` patterns or class names. Default: every linear, convolution and fused
@@ -59,8 +68,10 @@ class SparsityConfig:
 
     sparsity: float | None = None
     pattern: str | None = None
-    saliency: str | Callable = "magnitude"
-    allocation: str | dict[str, float] = "uniform"
+    saliency: str | Callable | None = None
+    method: str | None = None
+    schedule: dict[str, Any] = field(default_factory=dict)
+    allocation: str | dict[str, float] | None = None
     allocation_options: dict[str, float] = field(default_factory=dict)
     overrides: dict[str, float | str] = field(default_factory=dict)
     targets: list[str] | None = None
@@ -73,7 +84,14 @@ class SparsityConfig:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        saliency.needs(self.saliency)  # raises for an unknown name
+        if self.method is not None:
+            self._fill_in_method()
+        elif self.schedule:
+            raise ValueError(f"schedule={self.schedule!r} needs a training method, one of {', '.join(METHODS)}")
+        self.saliency = self.saliency or "magnitude"
+        self.allocation = self.allocation or "uniform"
+        if self.method is None or self.saliency != "zeros":
+            saliency.needs(self.saliency)  # raises for an unknown name
         pattern = patterns.parse(self.pattern or saliency.default_pattern(self.saliency))
         self.pattern = str(pattern)
         implied = pattern.implied_sparsity
@@ -133,6 +151,46 @@ class SparsityConfig:
             raise ValueError(f"damp is a number >= 0, a share of the Hessian's diagonal, got {self.damp!r}")
         if self.targets == []:
             raise ValueError("targets=[] selects nothing; leave it out for every linear layer, or name some")
+
+    def _fill_in_method(self) -> None:
+        """The method's row where the user said nothing, and what does not go together with training."""
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}{_near(self.method, METHODS, 'known are')}")
+        row = METHODS[self.method]
+        self.schedule = dict(self.schedule or {})
+        schedule_options(self.method, self.schedule)  # raises for what is unknown or out of range
+        self.saliency = self.saliency or row.start
+        self.pattern = self.pattern or row.pattern
+        self.allocation = self.allocation or row.allocation
+        pattern = patterns.parse(self.pattern)
+        if row.is_dynamic and pattern.implied_sparsity is not None and self.method != "sr-ste":
+            raise ValueError(
+                f"method {self.method!r} moves single weights or changes the sparsity, pattern {pattern} fixes both in every "
+                f"group of {pattern.m}; train n:m with method 'sr-ste', or 'static' for a mask that stays"
+            )
+        if (row.grow is not None or self.method == "top-kast") and self.pattern != row.pattern:
+            raise ValueError(
+                f"method {self.method!r} moves {'inputs of a neuron' if self.method == 'srigl' else 'single weights'}: its "
+                f"pattern is {row.pattern!r}, not {self.pattern!r}; 'static' and 'gmp' take any pattern"
+            )
+        if self.saliency == "zeros" and self.method != "static":
+            raise ValueError(
+                f"saliency 'zeros' keeps the zeros a model has; method {self.method!r} chooses its own: leave it out"
+            )
+        if (
+            self.saliency in saliency.SALIENCIES
+            and saliency.needs(self.saliency) != "nothing"
+            or self.saliency in saliency.SOLVERS
+        ):
+            raise ValueError(
+                f"saliency {self.saliency!r} looks at data, which a training method does not have; prune() the model first and "
+                f"train with method 'static' and saliency 'zeros'. The starts are {', '.join(STARTS)}"
+            )
+        if self.allocation == "owl":
+            raise ValueError("allocation 'owl' looks at data; prune() the model first and train with saliency 'zeros'")
+        for name in ("repair", "permute"):
+            if getattr(self, name):
+                raise ValueError(f"{name} belongs to one-shot pruning; with method {self.method!r} it has no effect")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict with the format version. A callable saliency is recorded by its qualified name."""

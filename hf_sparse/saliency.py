@@ -17,13 +17,13 @@ others, so they are solvers (:mod:`hf_sparse.pruning`) rather than functions of 
 """
 
 import difflib
-import zlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["SALIENCIES", "SOLVERS", "Statistics", "default_pattern", "get", "needs"]
+__all__ = ["SALIENCIES", "SOLVERS", "Statistics", "default_pattern", "get", "needs", "noise"]
 
 SOLVERS = ("sparsegpt", "alps")  # names that choose the mask and update the weights together; both need a Hessian
 
@@ -55,8 +55,42 @@ def magnitude(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
 
 
 def random(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(statistics.seed ^ zlib.crc32(statistics.name.encode()))
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
+    return noise(weight.shape, f"{statistics.seed}/{statistics.name}", weight.device)
+
+
+def noise(shape: tuple[int, ...], key: str, device: torch.device | str = "cpu", first: int = 0) -> torch.Tensor:
+    """Uniform float32 numbers in (0, 1), a pure function of ``key`` and the position: no generator, no state.
+
+    Counter-based (the finaliser of SplitMix64 applied to key + index), so that a CPU, a GPU and every shard of a tensor see
+    the same numbers.
+
+    Args:
+        shape: shape of the result.
+        key: any string; another key is another stream.
+        first: flat index of the first element, for a shard of consecutive rows of a larger tensor.
+    """
+    start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+    size = torch.Size(shape).numel()
+    result = torch.empty(size, dtype=torch.float32, device=device)
+    for low in range(0, size, _NOISE_CHUNK):  # 8-byte temporaries of a whole weight would be several times the weight
+        high = min(size, low + _NOISE_CHUNK)
+        x = torch.arange(first + low, first + high, dtype=torch.int64, device=device)
+        x.mul_(_signed(0x9E3779B97F4A7C15)).add_(start)  # int64 wraps around, as the algorithm wants
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(_signed(factor))
+        x = (
+            x >> 41
+        ) & 0x7FFFFF  # the 23 high bits that the last xor-shift leaves as they are: v + 1/2 is exact in float32
+        result[low:high] = (x.float() + 0.5) / (1 << 23)
+    return result.reshape(shape)
+
+
+_NOISE_CHUNK = 1 << 24
+
+
+def _signed(value: int) -> int:
+    """An unsigned 64-bit constant as the int64 of the same bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def wanda(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:

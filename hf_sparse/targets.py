@@ -11,7 +11,8 @@ Found by structure, never by a table of class names:
 
 Dense unless asked for by name: embeddings, the output head, routers (whose rows are experts) and the gates of shared
 experts, depthwise convolutions (a handful of weights per channel, as in RigL and in hybrid models), norms, biases.
-A tensor reached under two names (tied weights) is one parameter and is listed once.
+A tensor reached under two names (tied weights) is one parameter and is listed once. In a model that PEFT wrapped the base
+weights are the targets, under the names they have there and under their old ones; adapters are not.
 
 Grammar of ``targets`` and ``ignore`` (that of compressed-tensors): a parameter name, a module name, the last component of
 a module name (``q_proj``), a module class name (``Linear``), or ``re:`` and a regular expression matched from the start
@@ -47,9 +48,14 @@ class Target:
     layout: str
 
     @property
+    def plain(self) -> tuple[str, str]:
+        """The names of the parameter and its module as they were before PEFT wrapped the model."""
+        return _without_peft(self.name), _without_peft(self.module)
+
+    @property
     def kind(self) -> str:
         """The name reports group by: the last component of the module's name (``q_proj``; ``experts.gate_up_proj``)."""
-        last = self.module.rpartition(".")[2]
+        last = self.plain[1].rpartition(".")[2]
         attribute = self.name.rpartition(".")[2]
         return last if attribute == "weight" else f"{last}.{attribute}"
 
@@ -117,14 +123,13 @@ def match_names(entry: str, targets: dict[str, Target]) -> list[str]:
         ValueError: it selects none; the message has near matches.
     """
     if entry.startswith("re:"):
-        matched = [name for name in targets if re.match(entry[3:], name)]
+        matched = [name for name, t in targets.items() if any(re.match(entry[3:], n) for n in (name, t.plain[0]))]
     else:
         matched = [
             name
             for name, target in targets.items()
-            if entry in (name, target.module, target.class_name, target.kind)
-            or target.module.endswith("." + entry)
-            or target.name.endswith("." + entry)
+            if entry in (name, target.module, *target.plain, target.class_name, target.kind)
+            or any(plain.endswith("." + entry) for plain in target.plain)
         ]
     if matched:
         return matched
@@ -144,7 +149,10 @@ def _candidates(model: nn.Module) -> dict[str, tuple[Target, bool]]:
     for module_name, module in model.named_modules():
         if _expert_parameters(module):
             expert_counts[module_name] = next(iter(_expert_parameters(module).values())).shape[0]
+    adapters = _adapter_modules(model)
     for module_name, module in model.named_modules():
+        if module_name in adapters:
+            continue
         for attribute, parameter, layout, shape in _weights(module, model):
             name = f"{module_name}.{attribute}" if module_name else attribute
             if id(parameter) in seen:  # tied to a weight already listed
@@ -208,6 +216,22 @@ def _expert_is_transposed(module: nn.Module, attribute: str, parameter: nn.Param
             "ignore it or name other targets"
         )
     return cols_hidden if is_down else rows_hidden
+
+
+def _adapter_modules(model: nn.Module) -> set[str]:
+    """Names of the modules that PEFT put beside a base layer (``lora_A``, ``lora_B``, ...), with all that is in them."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module._modules.get("base_layer"), nn.Module):
+            found.add(name)  # the wrapper passes its base layer's weight off as its own
+            for child, below in module.named_children():
+                if child != "base_layer":
+                    found.update(f"{name}.{child}.{inner}".rstrip(".") for inner, _ in below.named_modules())
+    return found
+
+
+def _without_peft(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def _embeddings_and_heads(model: nn.Module) -> set[int]:

@@ -1,0 +1,174 @@
+"""SparsityCallback: an existing Trainer trains sparse by one more line.
+
+    Trainer(model, args, train_dataset=..., callbacks=[SparsityCallback(SparsityConfig(sparsity=0.75, method="rigl"))])
+    Trainer(pruned_model, args, train_dataset=..., callbacks=[SparsityCallback()])     # keep the zeros there are
+
+It calls what a custom loop would call (:mod:`hf_sparse.training.sparse_training`) at the Trainer's events and adds density,
+mask updates and FLOPs to the Trainer's log. It holds configuration only: the masks are buffers of the model, so the Trainer
+saves and loads them with its checkpoints, and the step is the Trainer's.
+"""
+
+import logging
+import os
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from hf_sparse.callbacks.metrics import add_metrics, stand_before_reporters
+from hf_sparse.config import SparsityConfig
+from hf_sparse.flops import FlopCounter
+from hf_sparse.masks import Masks
+from hf_sparse.training.densify import densify
+from hf_sparse.training.sparse_training import SparseTraining
+
+__all__ = ["SparsityCallback", "unwrapped"]
+
+logger = logging.getLogger(__name__)
+
+
+class SparsityCallback(TrainerCallback, ExportableState):
+    """Trains the Trainer's model with masks.
+
+    The model becomes sparse when the Trainer is made; give the callback to its constructor, so that a checkpoint's masks have
+    a place when training resumes. After training the model is a plain one with zeros.
+
+    Adds to the Trainer's log: ``density``; ``mask_updates``, ``mask_change`` (share of the kept weights that the last update
+    exchanged) and ``ever_active`` (share of weights kept at some time) where masks move; ``flops_spent`` and
+    ``flops_dense``, what training took so far, backward included, and what the dense model would have taken.
+
+    Args:
+        config: a :class:`hf_sparse.SparsityConfig` with a method, or a dict of its fields. None: the zeros that the model has
+            stay as they are.
+
+    Raises:
+        ValueError: from the Trainer's constructor, before training: see :func:`hf_sparse.sparsify`; DeepSpeed and FSDP1.
+    """
+
+    def __init__(self, config: SparsityConfig | dict | None = None):
+        self.config = SparsityConfig.from_dict(config) if isinstance(config, dict) else config
+        self.training: SparseTraining | None = None  # made by the Trainer's events, never restored
+        self.flops_spent = self.flops_dense = 0.0
+        self._counter: FlopCounter | None = None
+
+    def state(self) -> dict:
+        """What the Trainer writes into its checkpoints: enough to make this callback again."""
+        config = None if self.config is None else self.config.to_dict()
+        counted = {"flops_spent": self._spent(), "flops_dense": self._dense()}
+        return {"args": {"config": config}, "attributes": counted}
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        _check_arguments(args)
+        if model is not None:
+            self.training = SparseTraining(unwrapped(model), self.config)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        model = unwrapped(model)
+        stand_before_reporters(self)
+        saved = state.stateful_callbacks
+        if _attributes(saved, "DenseFinetuningCallback").get("done"):
+            self.training = None  # the checkpoint was written after the transition
+            if Masks.attached(model):
+                densify(model)
+            self._count_flops(model, _attributes(saved, type(self).__name__))
+            return
+        if self.training is None or self.training.model is not model:
+            fresh = state.global_step == 0 or self.config is None or self.config.saliency == "zeros"
+            if not fresh and not Masks.attached(model):
+                raise ValueError(
+                    "training resumes, but there was no place for the checkpoint's masks: SparsityCallback was added after the "
+                    "Trainer was made. Give it to the Trainer's constructor: Trainer(..., callbacks=[SparsityCallback(...)])"
+                )
+            self.training = SparseTraining(model, self.config)
+        self.training.step = state.global_step
+        self.training.start(optimizer, state.max_steps)
+        self._count_flops(model, _attributes(saved, type(self).__name__))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        training = self.training
+        if training is not None and training.is_over():  # made dense by DenseFinetuningCallback
+            training.stop()
+            training = self.training = None
+            if self._counter is not None:
+                self._counter.densities, self._counter.gradient_densities = {}, None
+        if training is None:
+            return
+        training.step = state.global_step
+        training.forget_gradients()
+        if self._counter is not None:
+            self._counter.densities = training.densities()
+            self._counter.gradient_densities = training.gradient_densities()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is None or "loss" not in logs:
+            return
+        over = self.training is None or self.training.is_over()
+        metrics = {"density": 1.0} if over else self.training.metrics()
+        if self._counter is not None:
+            scale = args.world_size
+            metrics |= {"flops_spent": self._spent() * scale, "flops_dense": self._dense() * scale}
+        add_metrics(state, logs, metrics)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.flops_spent, self.flops_dense = self._spent(), self._dense()
+        self._counter = None
+        FlopCounter.detach(unwrapped(model))
+        if self.training is not None:
+            self.training.finish()
+
+    def _count_flops(self, model: nn.Module, saved: dict) -> None:
+        try:
+            self._counter = FlopCounter.attach(model)
+        except ValueError as error:
+            logger.warning("FLOPs are not counted: %s", error)
+            return
+        self._counter.spent = saved.get("flops_spent", 0.0)
+        self._counter.dense = saved.get("flops_dense", 0.0)
+
+    def _spent(self) -> float:
+        return self.flops_spent if self._counter is None else self._counter.spent
+
+    def _dense(self) -> float:
+        return self.flops_dense if self._counter is None else self._counter.dense
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what ``torch.compile``, DDP and DataParallel put around it."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def _attributes(saved: dict, name: str) -> dict:
+    """The attributes a checkpoint has of a callback class."""
+    found = (saved or {}).get(name) or {}
+    found = found[-1] if isinstance(found, list) else found  # the Trainer keeps a list where there are several
+    return found.get("attributes", {}) if isinstance(found, dict) else {}
+
+
+def _check_arguments(args) -> None:
+    """Refuses what hides the weights, before the Trainer wraps anything."""
+    if getattr(args, "deepspeed", None):
+        raise ValueError(
+            "DeepSpeed steps the optimizer inside backward and (ZeRO-3) hides the weights between uses, so masks cannot hold; "
+            "use DDP or FSDP2"
+        )
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not (getattr(args, "fsdp", None) or launched):
+        return
+    config = getattr(args, "fsdp_config", None) or {}
+    version = config.get("version") or (os.environ.get("FSDP_VERSION", "1") if launched else 2)
+    if int(version) == 1:
+        raise ValueError(
+            "FSDP1 flattens weights into one buffer, so single weights cannot be masked; use FSDP2: fsdp_config={'version': 2} "
+            "or fsdp_version: 2 in the accelerate config"
+        )
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        raise ValueError(
+            "with cpu_ram_efficient_loading only one process has the weights when masks are chosen, and accelerate carries no "
+            "buffers over; turn it off: fsdp_config={'cpu_ram_efficient_loading': False}, or in the accelerate config"
+        )

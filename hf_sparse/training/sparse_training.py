@@ -1,0 +1,491 @@
+"""Sparse training: one object that keeps a model's masks true while any optimizer trains it.
+
+    training = sparsify(model, SparsityConfig(sparsity=0.75, method="rigl"), optimizer, total_steps=10_000)
+    for batch in loader:                      # an ordinary loop: hooks on the weights and on optimizer.step do the rest
+        model(**batch).loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    training.finish()
+
+What happens when, and why there:
+
+* In ``backward``, as soon as a weight's gradient is complete, the entries of pruned weights are set to zero. That is before
+  anybody clips, so the norm is that of the weights that train. On the one step before an update that looks at the gradient
+  of pruned weights (RigL), the whole gradient is put aside first; the optimizer never sees it.
+* After ``optimizer.step`` pruned weights are set to exactly zero, whatever the optimizer did with them.
+* Then, on the steps of the schedule, the masks move. A weight that was grown starts at zero with zero moments.
+
+A step that a gradient scaler skips for an overflow moves no mask. Steps are optimizer steps; all randomness is a function of
+the seed, the step and the parameter's name. So a resumed run continues bit for bit, and processes that train together agree
+without a broadcast.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hf_sparse.config import CONFIG_KEY, SparsityConfig
+from hf_sparse.masks import Masks
+from hf_sparse.methods import METHODS, schedule_options
+from hf_sparse.patterns import Unstructured, parse
+from hf_sparse.pruning.plan import make_plan
+from hf_sparse.schedules import SCHEDULES, Constant, Schedule, Updates, as_step
+from hf_sparse.targets import find_targets
+from hf_sparse.training import dense_weights
+from hf_sparse.training.sharding import average, check_supported, local
+from hf_sparse.training.topology import masks_by_score, move, start_scores
+from hf_sparse.training.weight import Weight
+
+__all__ = ["SparseTraining", "sparsify"]
+
+
+def sparsify(
+    model: nn.Module,
+    config: SparsityConfig | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    total_steps: int | None = None,
+) -> "SparseTraining":
+    """Makes ``model`` sparse for training: chooses masks, puts them beside the weights, zeroes what they prune.
+
+    Args:
+        model: any model; the weights are changed in place. A model that already carries masks of the same config keeps them.
+        config: what is sparse and by which method. None: exactly the zeros the model has now stay (sparse fine-tuning).
+        optimizer: if given, training starts at once (:meth:`SparseTraining.start`). Wrap the model (DDP, ``fully_shard``) and
+            make the optimizer first; masks may be chosen before or after.
+        total_steps: optimizer steps of the training, for schedules given as shares of it.
+
+    Raises:
+        ValueError: before any weight is changed: no method, no zeros to keep, masks of another config, weights that are not
+            trained but would have to be, a schedule that ends before it starts, an optimizer or a sharding that is not
+            supported.
+    """
+    training = SparseTraining(model, config)
+    if optimizer is not None:
+        training.start(optimizer, total_steps)
+    return training
+
+
+class SparseTraining:
+    """The masks of one model in training. Use :func:`sparsify` to make one.
+
+    Attributes:
+        model: the model, not a wrapper of it.
+        config: the sparsity config; with ``saliency="zeros"`` its sparsity is what was found.
+        weights: the masked parameters.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, model: nn.Module, config: SparsityConfig | None = None):
+        config = replace(config) if config else SparsityConfig(method="static", saliency="zeros")  # ours to complete
+        if config.method is None:
+            raise ValueError(
+                f"the config has no training method; choose one of {', '.join(METHODS)}: SparsityConfig(method='static', ...) "
+                "keeps a mask, and no config at all keeps the zeros the model has"
+            )
+        check_supported(model)
+        self.model = model
+        self.config = config
+        self.method = METHODS[config.method]
+        self.options = schedule_options(config.method, config.schedule)
+        self.step = 0
+        self.schedule: Updates | None = None
+        self._handles: list = []
+        self._last_change: torch.Tensor | None = None  # stays on the device until somebody asks
+        self._skipped = False
+        self._moments_seen = False
+        self._aside_for = -1  # the step whose gradients are being put aside
+        self.weights = self._find_weights()
+        self._choose_masks()
+
+    # -- the start ---------------------------------------------------------------------------------------------------
+
+    def _find_weights(self) -> list[Weight]:
+        config, model = self.config, self.model
+        attached = Masks.attached(model)
+        if attached:
+            _check_same_run(model, config)
+        targets = find_targets(model, config.targets, config.ignore)
+        if config.saliency == "zeros":
+            counts = {name: local(model.get_parameter(name).detach()).count_nonzero() for name in targets}
+            if attached:
+                chosen = [name for name in targets if name in attached]
+            else:
+                chosen = [n for n, c in counts.items() if int(c) < local(model.get_parameter(n)).numel()]
+            if not chosen:
+                raise ValueError(
+                    "this model has no zeros to keep: every target is dense. Prune it first (hf_sparse.prune, hf-sparse "
+                    "prune), or give SparsityCallback a config, e.g. SparsityConfig(sparsity=0.5, method='static')"
+                )
+            plan = {name: (Unstructured(), 0.0) for name in chosen}  # shape and amount are those of the zeros
+        else:
+            plan = {n: (p, s) for n, (p, s) in make_plan(model, config, targets, None).items() if s > 0}
+        weights = []
+        for name, (pattern, sparsity) in plan.items():
+            owner, _, attribute = name.rpartition(".")
+            weights.append(Weight(targets[name], pattern, sparsity, model.get_submodule(owner), attribute))
+        frozen = [weight.name for weight in weights if not weight.parameter.requires_grad]
+        if frozen and (self.method.grow is not None or self.method.dense_weights):
+            raise ValueError(
+                f"method {config.method!r} trains the masked weights, but {frozen[0]} is frozen"
+                f"{' (PEFT froze it)' if '.base_layer.' in frozen[0] or 'base_model.' in frozen[0] else ''}; use 'static' or "
+                "'gmp', which mask frozen weights too, or train all parameters"
+            )
+        return weights
+
+    @torch.no_grad()
+    def _choose_masks(self) -> None:
+        config, weights = self.config, self.weights
+        for weight in weights:  # those of an earlier training of this model are saved again
+            weight.module._non_persistent_buffers_set.discard(f"{weight.attribute}_mask")
+        if self.method.dense_weights:
+            dense_weights.begin(weights, config.method, self.options)
+        elif all(weight.companion("mask") is not None for weight in weights):
+            pass  # carried on
+        elif config.saliency == "zeros":
+            for weight in weights:
+                weight.put("mask", weight.values() != 0)
+        else:
+            scores = [start_scores(weight, config.saliency, config.seed) for weight in weights]
+            fan_in = self.method.pattern == "constant-fan-in"
+            masks = masks_by_score(weights, scores, [self._sparsity_at(weight, 0) for weight in weights], fan_in)
+            for weight, mask in zip(weights, masks, strict=True):
+                weight.put("mask", mask)
+        if self.method.grow is not None:
+            for weight in weights:
+                if weight.companion("explored") is None:
+                    weight.put("explored", weight.mask.clone())
+        self._count()
+        if config.saliency == "zeros":
+            for weight in weights:
+                weight.sparsity = 1.0 - weight.kept / weight.numel
+            total = sum(weight.numel for weight in weights)
+            config.sparsity = 1.0 - sum(weight.kept for weight in weights) / total
+            self._remember_how_the_zeros_came()
+        self._zero_pruned()
+        if hasattr(self.model, "config"):
+            setattr(self.model.config, CONFIG_KEY, config.to_dict())
+
+    def _remember_how_the_zeros_came(self) -> None:
+        """Keeps what the checkpoint says of its zeros, where it is still true of them."""
+        before = SparsityConfig.from_model_config(getattr(self.model, "config", None))
+        if before is None:
+            return
+        self.config.provenance = before.provenance
+        implied = parse(before.pattern).implied_sparsity
+        if implied is None or abs(self.config.sparsity - implied) < 1e-6:
+            self.config.pattern = before.pattern
+
+    def start(self, optimizer, total_steps: int | None = None) -> None:
+        """Puts the hooks on the weights and the optimizer; from here on its steps keep and move the masks.
+
+        Args:
+            optimizer: a ``torch.optim.Optimizer`` or accelerate's wrapper of one, made after the model was wrapped.
+            total_steps: optimizer steps of the whole training.
+
+        Raises:
+            ValueError: the optimizer has no step hooks or does not train the masked weights, a share of training without
+                ``total_steps``, an empty schedule, a checkpoint that was loaded without its masks.
+        """
+        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper calls itself an Optimizer but has no hooks
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"{type(optimizer).__name__} is no torch.optim.Optimizer, so there is no step to follow; DeepSpeed and others "
+                "that step elsewhere are not supported"
+            )
+        check_supported(self.model)
+        self._resolve_schedule(total_steps)
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for weight in self.weights:
+            weight.align()
+            if weight.parameter.requires_grad and id(weight.parameter) not in trained:
+                raise ValueError(
+                    f"the optimizer does not hold {weight.name}; make it after the model is wrapped, from model.parameters()"
+                )
+        self._count()
+        self._check_zeros()
+        self.stop()
+        for weight in self.weights:
+            if weight.parameter.requires_grad:
+                hook = self._gradient_hook(weight)
+                if hook is not None:
+                    self._handles.append(weight.parameter.register_post_accumulate_grad_hook(hook))
+        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _resolve_schedule(self, total_steps: int | None) -> None:
+        if not self.method.is_dynamic:
+            return
+        begin = as_step(self.options["begin"], total_steps, "begin")
+        end = as_step(self.options["end"], total_steps, "end")
+        if end <= begin:
+            raise ValueError(
+                f"the schedule of {self.config.method!r} ends at step {end}, before it begins at step {begin}"
+            )
+        every = self.options["every"]
+        ramped = "ramp" in self.options
+        if end - begin < every and not ramped:
+            raise ValueError(
+                f"no mask would ever be updated: the schedule runs from step {begin} to {end}, and every={every} is longer"
+            )
+        self.schedule = Updates(every, begin, end, closing=ramped)
+
+    def stop(self) -> None:
+        """Takes the hooks off; masks stay, and training may be started again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def finish(self) -> None:
+        """Takes the hooks off and leaves a plain model with zeros; its masks are no longer saved with it.
+
+        They stay beside the weights until :func:`hf_sparse.training.densify.densify`, so that another training may go on.
+        """
+        self.stop()
+        for weight in self.weights:
+            weight.gradient = None
+            for what in ("explored", "dense", "trained"):
+                weight.drop(what)
+        Masks.keep_out_of_checkpoints(self.model)
+
+    def is_over(self) -> bool:
+        """Whether somebody made the model dense (:func:`hf_sparse.training.densify.densify`)."""
+        return self.weights[0].companion("mask") is None
+
+    # -- what the hooks do -------------------------------------------------------------------------------------------
+
+    def _gradient_hook(self, weight: Weight):
+        """Runs when a gradient is complete (for this micro-batch); masks it, in place."""
+        if self.config.method == "sr-ste":
+            return None  # straight through: the dense weights get the whole gradient
+        which = "trained" if self.config.method == "top-kast" else "mask"
+        zero = None
+
+        @torch.no_grad()
+        def hook(parameter: torch.Tensor) -> None:
+            nonlocal zero
+            gradient, mask = local(parameter.grad), weight.companion(which)
+            if mask is None:
+                return  # the model was densified
+            if zero is None:
+                zero = gradient.new_zeros(())
+            if self._needs_gradients():
+                self._put_aside(weight, gradient, mask)
+            torch.where(mask, gradient, zero, out=gradient)  # selected, not multiplied: 0 * inf is NaN
+
+        return hook
+
+    def _needs_gradients(self) -> bool:
+        return self.method.needs_gradient and self.schedule is not None and self.schedule.due(self.step + 1)
+
+    def _put_aside(self, weight: Weight, gradient: torch.Tensor, mask: torch.Tensor) -> None:
+        """Adds this micro-batch's gradient of pruned weights; that of kept ones is accumulated in ``gradient`` already."""
+        if self._aside_for != self.step:
+            self.forget_gradients()
+            self._aside_for = self.step
+        if weight.gradient is None:
+            weight.gradient = gradient.clone()
+        else:
+            torch.where(mask, gradient, weight.gradient + gradient, out=weight.gradient)
+
+    def forget_gradients(self) -> None:
+        """Drops gradients put aside for an update, at the start of a step; a skipped step would leave stale ones."""
+        for weight in self.weights:
+            weight.gradient = None
+
+    def _before_step(self, optimizer, args, kwargs) -> None:
+        if self.is_over():
+            self.stop()
+            return
+        found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers are called and skip by themselves
+        self._skipped = found_inf is not None and bool(found_inf.item())
+        if self.method.dense_weights:
+            dense_weights.swap_in(self.weights, self.config.method, self.options)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer, args, kwargs) -> None:
+        if self.is_over():
+            return
+        if not self._skipped:
+            self.step += 1
+        due = not self._skipped and self.schedule is not None and self.schedule.due(self.step)
+        if self.method.dense_weights:
+            before = [weight.mask.clone() for weight in self.weights] if due else []
+            dense_weights.swap_out(self.weights, self.config.method, self.options, refresh=due)
+            if due:
+                self._record_change(before)
+        else:
+            self._zero_pruned(trained_only=True)
+            if self.method.grow is not None and not self._moments_seen:
+                self._moments_seen = not self._skipped
+                for weight in self.weights:  # now, rather than hours later at the first update
+                    _moments(optimizer, weight)
+            if due:
+                self._update(optimizer)
+        self.forget_gradients()
+
+    @torch.no_grad()
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        weights = self.weights
+        if self.method.needs_gradient and not self._gradients_are_usable():
+            return
+        fraction, progress = self._drop_fraction(), 0.0
+        begin, end = self.schedule.begin, self.schedule.end
+        progress = (self.step - begin) / (end - begin)
+        sparsities = [self._sparsity_at(weight, self.step) for weight in weights]
+        known = dict(step=self.step, sparsities=sparsities, fraction=fraction, seed=self.config.seed)
+        masks = move(weights, self.method, {**self.options, "progress": progress}, **known)
+        before = [weight.mask.clone() for weight in weights]
+        for weight, old, new in zip(weights, before, masks, strict=True):
+            weight.put("mask", new)
+            if weight.companion("explored") is not None:
+                weight.put("explored", weight.companion("explored") | new)
+            if self.method.grow is not None:
+                _reset_moments(optimizer, weight, old & new)
+        self._zero_pruned()
+        self._record_change(before)
+        self._count()
+
+    def _gradients_are_usable(self) -> bool:
+        gradients = [weight.gradient for weight in self.weights]
+        missing = [w.name for w, g in zip(self.weights, gradients, strict=True) if g is None]
+        if missing:
+            raise ValueError(
+                f"no gradient of {missing[0]} was seen before the update of step {self.step}: the model has a weight that the "
+                "loss does not depend on; leave it out of targets"
+            )
+        average([g for weight, g in zip(self.weights, gradients, strict=True) if weight.rows is None])
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().int()
+        for group in self._groups():
+            dist.all_reduce(finite, dist.ReduceOp.MIN, group)
+        return bool(finite)
+
+    # -- numbers -----------------------------------------------------------------------------------------------------
+
+    def _drop_fraction(self) -> float:
+        if "drop_fraction" not in self.options:
+            return 0.0
+        shape = SCHEDULES[self.options["anneal"]]
+        return shape(self.options["drop_fraction"], 0.0, self.schedule.begin, self.schedule.end)(self.step)
+
+    def _ramp(self) -> Schedule:
+        """The average sparsity over steps."""
+        if "ramp" not in self.options:
+            return Constant(self.config.sparsity, self.config.sparsity)
+        begin, end = (self.schedule.begin, self.schedule.end) if self.schedule else (0, 1)
+        return SCHEDULES[self.options["ramp"]](self.options["initial_sparsity"], self.config.sparsity, begin, end)
+
+    def _sparsity_at(self, weight: Weight, step: int) -> float:
+        """A weight's share of the ramp: every weight keeps its place in the allocation."""
+        return weight.sparsity * self._ramp()(step) / self.config.sparsity if self.config.sparsity else weight.sparsity
+
+    def densities(self) -> dict[str, float]:
+        """``{parameter name: fraction of weights kept}``; asks no device."""
+        return {weight.name: weight.kept / weight.numel for weight in self.weights}
+
+    def gradient_densities(self) -> dict[str, float] | None:
+        """Where the weight gradient of the coming step is denser than the weight: ``{name: density}``; else None."""
+        if self.config.method == "top-kast":
+            return {w.name: 1.0 - min(w.sparsity, self.options["backward_sparsity"]) for w in self.weights}
+        if self.config.method == "sr-ste" or self._needs_gradients():
+            return {weight.name: 1.0 for weight in self.weights}
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """What a log wants to know: density, updates, the share of weights ever kept, how much the last update moved."""
+        numel = sum(weight.numel for weight in self.weights)
+        found = {"density": self._total("mask") / numel}
+        if self.method.is_dynamic:
+            found["mask_updates"] = self.schedule.count(self.step) if self.schedule else 0
+            if self._last_change is not None:
+                found["mask_change"] = float(self._last_change)
+        if self.method.grow is not None:
+            found["ever_active"] = self._total("explored") / numel
+        return found
+
+    # -- small steps -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _zero_pruned(self, trained_only: bool = False) -> None:
+        for weight in self.weights:
+            if trained_only and not weight.parameter.requires_grad:
+                continue
+            values = weight.values()
+            torch.where(weight.mask, values, values.new_zeros(()), out=values)
+
+    def _totals(self, what: str) -> list[int]:
+        counts = torch.stack([weight.companion(what).sum() for weight in self.weights])
+        for group in self._groups():  # one at most: a model is sharded over one set of processes
+            dist.all_reduce(counts, group=group)
+        return counts.tolist()
+
+    def _groups(self) -> set[dist.ProcessGroup]:
+        return {weight.rows.group for weight in self.weights if weight.rows is not None}
+
+    def _total(self, what: str) -> int:
+        return sum(self._totals(what))
+
+    def _count(self) -> None:
+        for weight, count in zip(self.weights, self._totals("mask"), strict=True):
+            weight.kept = count
+
+    def _record_change(self, before: list[torch.Tensor]) -> None:
+        """Share of the kept weights that were not kept before; on the device until it is logged."""
+        new = sum((weight.mask & ~old).sum() for weight, old in zip(self.weights, before, strict=True))
+        self._last_change = new / max(1, sum(weight.mask.sum() for weight in self.weights))
+
+    def _check_zeros(self) -> None:
+        for weight in self.weights:
+            if bool((weight.values().masked_fill(weight.mask, 0) != 0).any()):
+                raise ValueError(
+                    f"{weight.name} has nonzero weights where its mask says zero: a checkpoint was loaded without the masks it "
+                    "was trained with. Resume from a checkpoint that the sparse training wrote (its model file holds "
+                    f"{weight.attribute}_mask beside {weight.attribute}), or start from the weights with saliency 'zeros'"
+                )
+
+
+def _check_same_run(model: nn.Module, config: SparsityConfig) -> None:
+    """A model that carries masks may go on with them, but not under another config."""
+    carried = getattr(getattr(model, "config", None), CONFIG_KEY, None)
+    if config.saliency == "zeros":
+        return
+    mine = {key: value for key, value in config.to_dict().items() if key != "provenance"}
+    theirs = {key: value for key, value in (carried or {}).items() if key != "provenance"}
+    if mine != theirs:
+        different = [key for key in mine if mine[key] != theirs.get(key)]
+        raise ValueError(
+            f"this model is already masked by another config (they differ in {', '.join(different)}); call densify(model) to "
+            "take those masks off, or give SparsityCallback no config to go on with them"
+        )
+
+
+def _reset_moments(optimizer: torch.optim.Optimizer, weight: Weight, stayed: torch.Tensor) -> None:
+    """Zeroes the optimizer's state of every weight that was dropped or grown."""
+    for state in _moments(optimizer, weight):
+        torch.where(stayed.view(state.shape), state, state.new_zeros(()), out=state)
+
+
+def _moments(optimizer: torch.optim.Optimizer, weight: Weight) -> list[torch.Tensor]:
+    """The optimizer's state that has an entry for every weight; factored moments (Adafactor) have not.
+
+    Raises:
+        ValueError: it is kept in a form that cannot be set to zero weight by weight (quantized).
+    """
+    found = []
+    numel = weight.values().numel()
+    for key, state in optimizer.state.get(weight.parameter, {}).items():
+        if not isinstance(state, torch.Tensor) or local(state).numel() != numel or numel == 1:
+            continue
+        state = local(state)
+        if not state.is_floating_point() or type(state) is not torch.Tensor:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key!r} of {weight.name} as {state.dtype} {type(state).__name__}, which "
+                "cannot be set to zero weight by weight; use an optimizer with plain moments (torch.optim.AdamW), or a method "
+                "whose masks do not grow (static, gmp)"
+            )
+        found.append(state)
+    return found

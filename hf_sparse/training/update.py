@@ -1,0 +1,140 @@
+"""How masks move: some kept weights are dropped, as many others are grown, and the count is exact.
+
+    survivors = the kept weights without the `drop` of lowest drop score
+    new mask  = survivors and, of all other positions, those of highest grow score, until `keep` are kept
+
+A weight that was dropped a moment ago may be grown again, with its value: RigL's rule (arxiv.org/abs/1911.11134), that of
+SET with random scores (arxiv.org/abs/1707.04780). Ties go by index, the lower one first, so equal scores give equal masks.
+
+A tensor may be sharded over processes, each holding consecutive rows. Then nothing is gathered: the threshold is found by
+bisection on the bits of a float, counting on every process and summing the counts, 32 sums of a few numbers for all tensors
+of a model together, and the result is the one that a single process would find.
+"""
+
+import torch
+import torch.distributed as dist
+
+from hf_sparse.patterns import pruned_count
+
+__all__ = ["drop_and_grow", "drop_and_grow_all", "lowest", "pruned_count"]
+
+
+def drop_and_grow(
+    mask: torch.Tensor, drop_scores: torch.Tensor, grow_scores: torch.Tensor, *, drop: int, keep: int
+) -> torch.Tensor:
+    """The mask after one update.
+
+    Args:
+        mask: boolean, any shape, True = kept.
+        drop_scores: same shape; among the kept, the ``drop`` lowest go.
+        grow_scores: same shape; among those not kept any more, the highest come, until ``keep`` are kept.
+
+    Raises:
+        ValueError: more is dropped than is kept, or more is to be kept than there are weights or than survive.
+    """
+    return drop_and_grow_all([mask], [drop_scores], [grow_scores], [drop], [keep])[0]
+
+
+@torch.no_grad()
+def drop_and_grow_all(
+    masks: list[torch.Tensor],
+    drop_scores: list[torch.Tensor],
+    grow_scores: list[torch.Tensor] | None,
+    drops: list[int],
+    keeps: list[int],
+    group: dist.ProcessGroup | None = None,
+) -> list[torch.Tensor]:
+    """:func:`drop_and_grow` for many tensors.
+
+    Args:
+        grow_scores: None: nothing is grown, and ``keeps`` is what is left.
+        drops, keeps: counts over the whole of each tensor.
+        group: the processes that the tensors are sharded over, each holding its consecutive rows in order of rank.
+    """
+    dropped = lowest(drop_scores, masks, drops, group)
+    survivors = [mask & ~gone for mask, gone in zip(masks, dropped, strict=True)]
+    if grow_scores is None:
+        return survivors
+    counts = _counts(survivors, group)
+    missing = [keep - count for keep, count in zip(keeps, counts, strict=True)]
+    if min(missing, default=0) < 0:
+        raise ValueError(f"{-min(missing)} more weights survive than are to be kept; drop more of them")
+    grown = lowest([-scores for scores in grow_scores], [~kept for kept in survivors], missing, group)
+    return [kept | new for kept, new in zip(survivors, grown, strict=True)]
+
+
+@torch.no_grad()
+def lowest(
+    scores: list[torch.Tensor],
+    candidates: list[torch.Tensor],
+    counts: list[int],
+    group: dist.ProcessGroup | None = None,
+) -> list[torch.Tensor]:
+    """For every tensor a boolean mask of its ``count`` lowest scores among the candidates, ties by index.
+
+    Raises:
+        ValueError: there are fewer candidates than asked for.
+    """
+    if group is None:
+        return [_lowest(s, c, count) for s, c, count in zip(scores, candidates, counts, strict=True)]
+    return _lowest_sharded(scores, candidates, counts, group)
+
+
+def _lowest(scores: torch.Tensor, candidates: torch.Tensor, count: int) -> torch.Tensor:
+    if count <= 0:
+        return torch.zeros_like(candidates)
+    key = _ordered(scores).masked_fill(~candidates, _LAST).flatten()
+    if count > key.numel():
+        raise ValueError(f"{count} weights are asked for, there are {key.numel()}")
+    # a GPU runs kthvalue of one long row in a single thread block, and sorts it with all of them
+    threshold = key.sort().values[count - 1] if key.is_cuda else key.kthvalue(count).values
+    below, ties = key < threshold, (key == threshold) & candidates.flatten()
+    chosen = below | (ties & (ties.cumsum(0, dtype=torch.int32) <= count - below.sum()))
+    return chosen.reshape(candidates.shape)
+
+
+_LAST = 2**31 - 1
+
+
+def _ordered(scores: torch.Tensor) -> torch.Tensor:
+    """float32 scores as int32 of the same order (the bits of a float are ordered but for the sign); -0 equals 0."""
+    bits = (scores.detach().float() + 0.0).contiguous().view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _counts(masks: list[torch.Tensor], group: dist.ProcessGroup | None) -> list[int]:
+    counts = torch.stack([mask.sum() for mask in masks])
+    if group is not None:
+        dist.all_reduce(counts, group=group)
+    return counts.tolist()
+
+
+def _lowest_sharded(scores, candidates, counts, group) -> list[torch.Tensor]:
+    """Bisection on the ordered bits: the smallest key that at least ``count`` candidates do not exceed."""
+    keys = [_ordered(s).masked_fill(~c, _LAST) for s, c in zip(scores, candidates, strict=True)]
+    wanted = torch.tensor(counts, device=keys[0].device)
+
+    def at_most(thresholds: torch.Tensor) -> torch.Tensor:
+        found = torch.stack([(key <= t).sum() for key, t in zip(keys, thresholds, strict=True)])
+        dist.all_reduce(found, group=group)
+        return found
+
+    low = torch.full_like(wanted, -(2**31))
+    high = torch.full_like(wanted, _LAST)
+    for _ in range(32):
+        middle = torch.div(low + high, 2, rounding_mode="floor")
+        enough = at_most(middle) >= wanted
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+    below = at_most(high - 1)
+    # of the weights at the threshold every process takes the first ones, after those of the ranks before it
+    ties = [(key == t) & c for key, t, c in zip(keys, high, candidates, strict=True)]
+    mine = torch.stack([tie.sum() for tie in ties])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    before = sum(everyone[: dist.get_rank(group)], torch.zeros_like(mine))
+    room = (wanted - below - before).clamp_min(0)
+    chosen = []
+    for key, tie, threshold, left, count in zip(keys, ties, high, room, counts, strict=True):
+        taken = (key < threshold) | (tie & (tie.flatten().cumsum(0) <= left).reshape(tie.shape))
+        chosen.append(taken if count > 0 else torch.zeros_like(tie))
+    return chosen
