@@ -41,8 +41,9 @@ class Method:
         pattern: the default pattern.
         allocation: the default allocation.
         schedule: its options and their defaults: ``every``, ``begin``, ``end`` (a step, or a share of training),
-            ``drop_fraction`` and ``anneal`` (how it shrinks), ``initial_sparsity`` and ``ramp`` (how sparsity grows), and
-            what only this method knows.
+            ``drop_fraction`` and ``anneal`` (how it shrinks), ``initial_sparsity`` and ``ramp`` (how sparsity grows),
+            ``scope`` (pruned down in every ``layer`` by itself, or by one ``global`` threshold), and what only this
+            method knows.
         dense_weights: a dense copy of the weights is trained through the sparse ones.
         paper: where it comes from.
     """
@@ -83,11 +84,12 @@ METHODS: dict[str, Method] = {
     "rigl": _row("random", "magnitude", "gradient", "unstructured", "erk", "1911.11134", **_MOVE),
     "gmp": _row(
         *("magnitude", "magnitude", None, "unstructured", "uniform", "1710.01878"),
-        **dict(every=100, begin=0, end=0.75, initial_sparsity=0.0, ramp="cubic"),
+        **dict(every=100, begin=0, end=0.75, initial_sparsity=0.0, ramp="cubic", scope="layer"),
     ),
     "granet": _row(
         *("random", "magnitude", "gradient", "unstructured", "erk", "2106.10404"),
-        **dict(_MOVE, initial_sparsity=0.5, ramp="cubic"),
+        **dict(every=1000, begin=0, end=1.0, drop_fraction=0.5, anneal="cosine", final_drop_fraction=0.005),
+        **dict(initial_sparsity=0.5, ramp="cubic", ramp_end=0.7, scope="global"),
     ),
     "srigl": _row(
         *("random", "magnitude", "gradient", "constant-fan-in", "erk", "2305.02299"),
@@ -127,7 +129,9 @@ def schedule_options(method: str, given: dict) -> dict:
             raise ValueError(f"unknown schedule {options[name]!r} for {name}; known are {', '.join(SCHEDULES)}")
     if options.get("ramp") == "constant":
         raise ValueError("ramp='constant' never reaches the sparsity; choose linear, cubic, cosine or exponential")
-    for name in ("drop_fraction", "initial_sparsity", "backward_sparsity", "gamma_sal"):
+    if options.get("scope", "layer") not in ("layer", "global"):
+        raise ValueError(f"scope is 'layer' or 'global', got {options['scope']!r}")
+    for name in ("drop_fraction", "final_drop_fraction", "initial_sparsity", "backward_sparsity", "gamma_sal"):
         value = options.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} is a fraction in [0, 1], got {value!r}")
@@ -140,6 +144,7 @@ def schedule_options(method: str, given: dict) -> dict:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every is a whole number of optimizer steps, at least 1, got {every!r}")
         _check_order(options["begin"], options["end"])
+        _check_order(options["begin"], options.get("ramp_end", options["end"]))
     return options
 
 

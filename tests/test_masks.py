@@ -70,3 +70,29 @@ def test_gradients_still_flow_to_the_parameter_after_apply():
     Masks(weight=torch.tensor([[True, False]])).apply(model)
     model(torch.ones(1, 2)).sum().backward()
     assert model.weight.grad.tolist() == [[1.0, 1.0]]  # dense: nothing is hidden from autograd
+
+
+def test_attached_masks_are_checkpointed_until_they_are_kept_out(tiny_model):
+    model = tiny_model("llama")
+    targets = find_targets(model)
+    plain = set(model.state_dict())
+    masks = Masks({name: torch.rand(model.get_parameter(name).shape) < 0.5 for name in targets})
+    masks.attach(model)
+    assert set(model.state_dict()) == plain | {f"{name}_mask" for name in targets}
+    found = Masks.attached(model)
+    assert set(found) == set(targets) and all(torch.equal(found[name], masks[name]) for name in targets)
+    Masks.keep_out_of_checkpoints(model)
+    assert set(model.state_dict()) == plain and len(Masks.attached(model)) == len(targets)
+    taken = Masks.detach(model)
+    assert set(taken) == set(targets) and not Masks.attached(model)
+    assert not any(name.endswith("_mask") for name, _ in model.named_buffers())
+
+
+def test_a_taken_name_and_a_wrong_shape_change_nothing():
+    model = torch.nn.Linear(3, 2)
+    model.weight_mask = "mine"
+    with pytest.raises(ValueError, match="Linear already has an attribute 'weight_mask'"):
+        Masks(weight=torch.ones(2, 3, dtype=torch.bool)).attach(model)
+    with pytest.raises(ValueError, match=r"mask of bias has shape \(3,\), the parameter \(2,\)"):
+        Masks(bias=torch.ones(3, dtype=torch.bool)).attach(model)
+    assert not Masks.attached(model) and model.weight_mask == "mine"

@@ -1,5 +1,6 @@
 """Saliencies against their formulas written as loops over literal numbers."""
 
+import hashlib
 import math
 
 import numpy
@@ -131,3 +132,33 @@ def test_unknown_names():
 def test_a_solver_is_not_a_function():
     with pytest.raises(ValueError, match="'sparsegpt' is a solver .* not a function"):
         saliency.get("sparsegpt")
+
+
+def test_noise_equals_splitmix64():
+    """Against SplitMix64 in Python's whole numbers (Steele et al. 2014, the finaliser of java.util.SplittableRandom)."""
+    key = "7/some.weight"
+    start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    expected = []
+    for index in range(1000):
+        z = (start + index * 0x9E3779B97F4A7C15) % 2**64
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        z ^= z >> 31
+        expected.append(((z >> 41) + 0.5) / 2**23)
+    assert saliency.noise((10, 100), key).flatten().tolist() == expected
+
+
+def test_noise_of_a_shard_is_a_shard_of_the_noise(monkeypatch):
+    monkeypatch.setattr(saliency, "_NOISE_CHUNK", 64)
+    whole = saliency.noise((30, 17), "a")
+    assert torch.equal(saliency.noise((11, 17), "a", first=19 * 17), whole[19:])
+    assert bool(((whole > 0) & (whole < 1)).all())
+
+
+def test_noise_is_uniform_and_streams_are_independent():
+    a, b = (saliency.noise((1000, 1000), key).double() for key in ("0/x", "0/y"))
+    counts = torch.histc(a, 100, 0, 1)
+    chi_square = float(((counts - 10_000) ** 2 / 10_000).sum())
+    assert 50 < chi_square < 160  # 99 degrees of freedom: outside one time in 10^4
+    for first, second in ((a, b), (a[:, 1:], a[:, :-1]), (a[1:], a[:-1])):
+        assert abs(float(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1])) < 0.005

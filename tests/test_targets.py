@@ -272,3 +272,23 @@ def test_depthwise_convolutions_are_dense_unless_named():
 def test_match_names_keeps_the_order_of_the_targets():
     targets = {n: Target(n, n.removesuffix(".weight"), "Linear", (2, 2), "matrix") for n in ("b.weight", "a.weight")}
     assert match_names("Linear", targets) == ["b.weight", "a.weight"]
+
+
+def test_peft_models_have_the_targets_of_their_base(tiny_model):
+    peft = pytest.importorskip("peft")
+    for family, modules in (("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn"])):
+        model = tiny_model(family)
+        before = find_targets(model)
+        picked = list(find_targets(model, [modules[0]]))
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=modules))
+        after = find_targets(wrapped)
+        assert [target.plain[0] for target in after.values()] == list(before)
+        assert not any("lora" in name for name in after)
+        assert [target.kind for target in after.values()] == [target.kind for target in before.values()]
+        for name in after:
+            wrapped.get_parameter(name)
+        for entry in (modules[0], f"re:.*{modules[0]}", picked[0], picked[0].removesuffix(".weight")):
+            found = [target.plain[0] for target in find_targets(wrapped, [entry]).values()]
+            assert found == (picked[:1] if "." in entry and not entry.startswith("re:") else picked)
+        with pytest.raises(ValueError, match="'lora_A' matches no parameter"):
+            find_targets(wrapped, ["lora_A"])

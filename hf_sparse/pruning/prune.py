@@ -72,6 +72,11 @@ def prune(
             that are not finite or quantized, missing calibration data or tokens the model cannot take, an unknown saliency
             or allocation, another run's ``resume_dir``.
     """
+    if config.method is not None:
+        raise ValueError(
+            f"prune() is one-shot and method {config.method!r} trains; give the config to SparsityCallback or sparsify(), or "
+            "leave method out"
+        )
     started = time.perf_counter()
     home = next(model.parameters()).device
     device = torch.device(device or home)

@@ -226,6 +226,11 @@ class SparseTraining:
             raise ValueError(
                 f"the schedule of {self.config.method!r} ends at step {end}, before it begins at step {begin}"
             )
+        self._ramp_end = as_step(self.options.get("ramp_end", self.options["end"]), total_steps, "ramp_end")
+        if self._ramp_end > end:
+            raise ValueError(
+                f"the sparsity would rise until step {self._ramp_end}, but masks are updated until step {end} only"
+            )
         every = self.options["every"]
         ramped = "ramp" in self.options
         if end - begin < every and not ramped:
@@ -333,12 +338,10 @@ class SparseTraining:
         weights = self.weights
         if self.method.needs_gradient and not self._gradients_are_usable():
             return
-        fraction, progress = self._drop_fraction(), 0.0
-        begin, end = self.schedule.begin, self.schedule.end
-        progress = (self.step - begin) / (end - begin)
         sparsities = [self._sparsity_at(weight, self.step) for weight in weights]
-        known = dict(step=self.step, sparsities=sparsities, fraction=fraction, seed=self.config.seed)
-        masks = move(weights, self.method, {**self.options, "progress": progress}, **known)
+        known = dict(step=self.step, sparsities=sparsities, fraction=self._drop_fraction(), seed=self.config.seed)
+        options = self.options | {"begin": self.schedule.begin, "end": self.schedule.end}
+        masks = move(weights, self.method, options, **known)
         before = [weight.mask.clone() for weight in weights]
         for weight, old, new in zip(weights, before, masks, strict=True):
             weight.put("mask", new)
@@ -370,13 +373,14 @@ class SparseTraining:
         if "drop_fraction" not in self.options:
             return 0.0
         shape = SCHEDULES[self.options["anneal"]]
-        return shape(self.options["drop_fraction"], 0.0, self.schedule.begin, self.schedule.end)(self.step)
+        first, last = self.options["drop_fraction"], self.options.get("final_drop_fraction", 0.0)
+        return shape(first, last, self.schedule.begin, self.schedule.end)(self.step)
 
     def _ramp(self) -> Schedule:
         """The average sparsity over steps."""
         if "ramp" not in self.options:
             return Constant(self.config.sparsity, self.config.sparsity)
-        begin, end = (self.schedule.begin, self.schedule.end) if self.schedule else (0, 1)
+        begin, end = (self.schedule.begin, self._ramp_end) if self.schedule else (0, 1)
         return SCHEDULES[self.options["ramp"]](self.options["initial_sparsity"], self.config.sparsity, begin, end)
 
     def _sparsity_at(self, weight: Weight, step: int) -> float:

@@ -12,9 +12,9 @@ import torch
 from hf_sparse.methods import Method
 from hf_sparse.patterns import NM, ConstantFanIn, Unstructured, pruned_count
 from hf_sparse.saliency import Statistics, get, noise
-from hf_sparse.training.cannistraci_hebb import link_scores, soft_drop, soft_grow
+from hf_sparse.training.cannistraci_hebb import link_scores, soft_drop, soft_grow, temperature
 from hf_sparse.training.fan_in import constant_fan_in_start, constant_fan_in_update
-from hf_sparse.training.update import drop_and_grow_all, lowest
+from hf_sparse.training.update import drop_and_grow_all, lowest, lowest_of_all
 from hf_sparse.training.weight import Weight
 
 __all__ = ["masks_by_score", "move", "start_scores"]
@@ -78,7 +78,7 @@ def move(
     """The local masks after the update that follows optimizer step ``step``.
 
     Args:
-        options: the method's schedule.
+        options: the method's schedule, ``begin`` and ``end`` as steps.
         sparsities: what every weight is to have after the update.
         fraction: share of the kept weights to exchange.
     """
@@ -98,12 +98,26 @@ def move(
     for group, members in _by_group(list(enumerate(weights))):
         chosen = [weights[i] for i in members]
         keeps = [w.numel - pruned_count(sparsities[i], w.numel) for i, w in zip(members, chosen, strict=True)]
+        if options.get("scope") == "global":
+            keeps = _shares_of_global(chosen, [size[i] for i in members], sum(keeps), group)
         drops = [max(0, w.kept - keep) + int(fraction * keep) for w, keep in zip(chosen, keeps, strict=True)]
         grow = None if method.grow is None else [_grow_scores(w, method.grow, step, seed) for w in chosen]
         new = drop_and_grow_all([w.mask for w in chosen], [size[i] for i in members], grow, drops, keeps, group)
         for i, mask in zip(members, new, strict=True):
             masks[i] = mask
     return masks
+
+
+def _shares_of_global(weights: list[Weight], sizes: list[torch.Tensor], keep: int, group) -> list[int]:
+    """How many weights each keeps if all are ranked together and ``keep`` of them stay."""
+    excess = sum(weight.kept for weight in weights) - keep
+    if excess <= 0:
+        return [weight.kept for weight in weights]
+    gone = lowest_of_all(sizes, [weight.mask for weight in weights], excess, group)
+    counts = torch.stack([one.sum() for one in gone])
+    if group is not None:
+        torch.distributed.all_reduce(counts, group=group)
+    return [weight.kept - count for weight, count in zip(weights, counts.tolist(), strict=True)]
 
 
 def _grow_scores(weight: Weight, grow: str, step: int, seed: int) -> torch.Tensor:
@@ -129,13 +143,11 @@ def _move_by_topology(
 ) -> torch.Tensor:
     target = weight.target
     key = f"{seed}/{step}/{{}}/{target.plain[0]}"
-    progress = options["progress"]
-    first, final = options["initial_temperature"], options["final_temperature"]
-    temperature = first + (final - first) * progress
+    heat = temperature(step, options["end"], options["initial_temperature"], options["final_temperature"])
 
     def update(values, mask, drop_noise, grow_noise):
         kept = int(mask.sum())
-        survivors = soft_drop(values.abs(), mask, drop_noise, drop=int(fraction * kept), temperature=temperature)
+        survivors = soft_drop(values.abs(), mask, drop_noise, drop=int(fraction * kept), temperature=heat)
         return soft_grow(link_scores(survivors), survivors, grow_noise, keep=kept)
 
     values = weight.gather(weight.values())

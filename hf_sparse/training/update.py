@@ -14,9 +14,7 @@ of a model together, and the result is the one that a single process would find.
 import torch
 import torch.distributed as dist
 
-from hf_sparse.patterns import pruned_count
-
-__all__ = ["drop_and_grow", "drop_and_grow_all", "lowest", "pruned_count"]
+__all__ = ["drop_and_grow", "drop_and_grow_all", "lowest", "lowest_of_all"]
 
 
 def drop_and_grow(
@@ -32,6 +30,9 @@ def drop_and_grow(
     Raises:
         ValueError: more is dropped than is kept, or more is to be kept than there are weights or than survive.
     """
+    kept = int(mask.sum())
+    if not 0 <= drop <= kept or not kept - drop <= keep <= mask.numel():
+        raise ValueError(f"cannot drop {drop} of {kept} kept weights and then keep {keep} of {mask.numel()}")
     return drop_and_grow_all([mask], [drop_scores], [grow_scores], [drop], [keep])[0]
 
 
@@ -72,8 +73,7 @@ def lowest(
 ) -> list[torch.Tensor]:
     """For every tensor a boolean mask of its ``count`` lowest scores among the candidates, ties by index.
 
-    Raises:
-        ValueError: there are fewer candidates than asked for.
+    ``count`` is over the whole tensor and at most the number of candidates.
     """
     if group is None:
         return [_lowest(s, c, count) for s, c, count in zip(scores, candidates, counts, strict=True)]
@@ -84,8 +84,6 @@ def _lowest(scores: torch.Tensor, candidates: torch.Tensor, count: int) -> torch
     if count <= 0:
         return torch.zeros_like(candidates)
     key = _ordered(scores).masked_fill(~candidates, _LAST).flatten()
-    if count > key.numel():
-        raise ValueError(f"{count} weights are asked for, there are {key.numel()}")
     # a GPU runs kthvalue of one long row in a single thread block, and sorts it with all of them
     threshold = key.sort().values[count - 1] if key.is_cuda else key.kthvalue(count).values
     below, ties = key < threshold, (key == threshold) & candidates.flatten()
@@ -103,38 +101,67 @@ def _ordered(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _counts(masks: list[torch.Tensor], group: dist.ProcessGroup | None) -> list[int]:
-    counts = torch.stack([mask.sum() for mask in masks])
-    if group is not None:
-        dist.all_reduce(counts, group=group)
-    return counts.tolist()
+    return _summed(torch.stack([mask.sum() for mask in masks]), group).tolist()
+
+
+@torch.no_grad()
+def lowest_of_all(
+    scores: list[torch.Tensor], candidates: list[torch.Tensor], count: int, group: dist.ProcessGroup | None = None
+) -> list[torch.Tensor]:
+    """The ``count`` lowest scores of all tensors together, as one boolean mask for each; ties by tensor, then by index."""
+    keys = [_ordered(s).masked_fill(~c, _LAST) for s, c in zip(scores, candidates, strict=True)]
+    wanted = torch.tensor([count], device=keys[0].device)
+
+    def at_most(threshold: torch.Tensor) -> torch.Tensor:
+        return _summed(torch.stack([(key <= threshold).sum() for key in keys]).sum().reshape(1), group)
+
+    threshold = _bisect(at_most, wanted)
+    ties = [(key == threshold) & c for key, c in zip(keys, candidates, strict=True)]
+    tied = _summed(torch.stack([tie.sum() for tie in ties]), group)
+    room = wanted - at_most(threshold - 1)
+    before = tied.cumsum(0) - tied  # ties in the tensors before; within a tensor the processes before come first
+    rooms = torch.minimum((room - before).clamp_min(0), tied)
+    return _take(keys, ties, threshold.expand(len(keys)), rooms, group, [count] * len(keys))
 
 
 def _lowest_sharded(scores, candidates, counts, group) -> list[torch.Tensor]:
-    """Bisection on the ordered bits: the smallest key that at least ``count`` candidates do not exceed."""
     keys = [_ordered(s).masked_fill(~c, _LAST) for s, c in zip(scores, candidates, strict=True)]
     wanted = torch.tensor(counts, device=keys[0].device)
 
     def at_most(thresholds: torch.Tensor) -> torch.Tensor:
-        found = torch.stack([(key <= t).sum() for key, t in zip(keys, thresholds, strict=True)])
-        dist.all_reduce(found, group=group)
-        return found
+        return _summed(torch.stack([(key <= t).sum() for key, t in zip(keys, thresholds, strict=True)]), group)
 
-    low = torch.full_like(wanted, -(2**31))
-    high = torch.full_like(wanted, _LAST)
+    thresholds = _bisect(at_most, wanted)
+    ties = [(key == t) & c for key, t, c in zip(keys, thresholds, candidates, strict=True)]
+    return _take(keys, ties, thresholds, wanted - at_most(thresholds - 1), group, counts)
+
+
+def _bisect(at_most, wanted: torch.Tensor) -> torch.Tensor:
+    """The smallest keys that at least ``wanted`` candidates do not exceed; 32 counts, no wait for the device."""
+    low, high = torch.full_like(wanted, -(2**31)), torch.full_like(wanted, _LAST)
     for _ in range(32):
         middle = torch.div(low + high, 2, rounding_mode="floor")
         enough = at_most(middle) >= wanted
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    below = at_most(high - 1)
-    # of the weights at the threshold every process takes the first ones, after those of the ranks before it
-    ties = [(key == t) & c for key, t, c in zip(keys, high, candidates, strict=True)]
-    mine = torch.stack([tie.sum() for tie in ties])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    before = sum(everyone[: dist.get_rank(group)], torch.zeros_like(mine))
-    room = (wanted - below - before).clamp_min(0)
+    return high
+
+
+def _take(keys, ties, thresholds, rooms, group, counts) -> list[torch.Tensor]:
+    """What lies below the thresholds and, of what lies on them, the first ones over all processes in order of rank."""
+    if group is not None:
+        mine = torch.stack([tie.sum() for tie in ties])
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, mine, group=group)
+        before = sum(everyone[: dist.get_rank(group)], torch.zeros_like(mine))
+        rooms = (rooms - before).clamp_min(0)
     chosen = []
-    for key, tie, threshold, left, count in zip(keys, ties, high, room, counts, strict=True):
-        taken = (key < threshold) | (tie & (tie.flatten().cumsum(0) <= left).reshape(tie.shape))
+    for key, tie, threshold, room, count in zip(keys, ties, thresholds, rooms, counts, strict=True):
+        taken = (key < threshold) | (tie & (tie.flatten().cumsum(0) <= room).reshape(tie.shape))
         chosen.append(taken if count > 0 else torch.zeros_like(tie))
     return chosen
+
+
+def _summed(counts: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    if group is not None:
+        dist.all_reduce(counts, group=group)
+    return counts
