@@ -12,6 +12,9 @@ import importlib
 
 _EXPORTS = {
     "DenseFinetuningCallback": "hf_sparse.callbacks.dense_finetuning",
+    "DistillationLoss": "hf_sparse.callbacks.distillation",
+    "DistillationMixin": "hf_sparse.callbacks.distillation",
+    "DistillationTrainer": "hf_sparse.callbacks.distillation",
     "FlopsCallback": "hf_sparse.callbacks.flops",
     "SparsityCallback": "hf_sparse.callbacks.sparsity",
 }

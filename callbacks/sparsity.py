@@ -20,6 +20,7 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.flops import FlopCounter
 from hf_sparse.masks import Masks
 from hf_sparse.training.densify import densify
+from hf_sparse.training.sharding import unwrapped
 from hf_sparse.training.sparse_training import SparseTraining
 
 __all__ = ["SparsityCallback", "unwrapped"]
@@ -50,6 +51,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.training: SparseTraining | None = None  # made by the Trainer's events, never restored
         self.flops_spent = self.flops_dense = 0.0
         self._counter: FlopCounter | None = None
+        self._ended = False
+        self._placed: dict[str, tuple] = {}  # masks that a checkpoint is to overwrite, and how often they were written
 
     def state(self) -> dict:
         """What the Trainer writes into its checkpoints: enough to make this callback again."""
@@ -61,6 +64,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         _check_arguments(args)
         if model is not None:
             self.training = SparseTraining(unwrapped(model), self.config)
+            self._place(unwrapped(model))
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         model = unwrapped(model)
@@ -72,7 +76,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 densify(model)
             self._count_flops(model, _attributes(saved, type(self).__name__))
             return
-        if self.training is None or self.training.model is not model:
+        if state.global_step > 0:
+            self._check_loaded(model, state.global_step)
+        if self.training is None or self.training.model is not model or self._ended:
             fresh = state.global_step == 0 or self.config is None or self.config.saliency == "zeros"
             if not fresh and not Masks.attached(model):
                 raise ValueError(
@@ -80,9 +86,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
                     "Trainer was made. Give it to the Trainer's constructor: Trainer(..., callbacks=[SparsityCallback(...)])"
                 )
             self.training = SparseTraining(model, self.config)
+        self._ended = False
         self.training.step = state.global_step
         self.training.start(optimizer, state.max_steps)
         self._count_flops(model, _attributes(saved, type(self).__name__))
+        _warn_of_plain_adapters(self.training)
 
     def on_step_begin(self, args, state, control, **kwargs):
         training = self.training
@@ -115,6 +123,26 @@ class SparsityCallback(TrainerCallback, ExportableState):
         FlopCounter.detach(unwrapped(model))
         if self.training is not None:
             self.training.finish()
+            self._ended = True
+            self._placed = {}
+            if self.training.method.is_dynamic:  # not saved any more, so not loaded either; masks that never move need not be
+                self._place(unwrapped(model))
+
+    def _place(self, model: nn.Module) -> None:
+        self._placed = {name: (mask, mask._version) for name, mask in Masks.attached(model).items()}
+
+    def _check_loaded(self, model: nn.Module, step: int) -> None:
+        """Loading writes into the masks there are, in place, which autograd's version counter tells."""
+        attached = Masks.attached(model)
+        for name, (mask, version) in self._placed.items():
+            if not self.training.method.is_dynamic and not model.get_parameter(name).requires_grad:
+                continue  # neither it nor its mask changes, and PEFT saves adapters only
+            if attached.get(name) is mask and mask._version == version:
+                raise ValueError(
+                    f"training resumes at step {step}, but no mask of {name} was loaded. Resume from a checkpoint that the sparse "
+                    f"training wrote (its model file holds {name}_mask), in a new Trainer. If the file has it and the Trainer "
+                    "warned of missing keys, this version of transformers loads the model under other names than it saves"
+                )
 
     def _count_flops(self, model: nn.Module, saved: dict) -> None:
         try:
@@ -132,22 +160,25 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return self.flops_dense if self._counter is None else self._counter.dense
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what ``torch.compile``, DDP and DataParallel put around it."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
-
-
 def _attributes(saved: dict, name: str) -> dict:
     """The attributes a checkpoint has of a callback class."""
     found = (saved or {}).get(name) or {}
     found = found[-1] if isinstance(found, list) else found  # the Trainer keeps a list where there are several
     return found.get("attributes", {}) if isinstance(found, dict) else {}
+
+
+def _warn_of_plain_adapters(training: SparseTraining) -> None:
+    """Plain LoRA trains well beside zeros, but merging it fills them."""
+    for weight in training.weights:
+        layer, _, last = weight.target.module.rpartition(".")
+        adapter = training.model.get_submodule(layer) if last == "base_layer" else None
+        if hasattr(adapter, "lora_A") and type(adapter).__name__ != "MaskedLoraLinear":
+            logger.warning(
+                "%s has a plain LoRA adapter: the model stays sparse while it is apart, and merging it fills the zeros. For an "
+                "adapter that can be merged use hf_sparse.integrations.peft.masked_lora(LoraConfig(...)) or shira_config(...)",
+                weight.target.plain[1],
+            )
+            return
 
 
 def _check_arguments(args) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-__all__ = ["Rows", "average", "check_supported", "cut", "local", "rows_of", "whole"]
+__all__ = ["Rows", "average", "check_supported", "cut", "local", "rows_of", "sums", "unwrapped", "whole"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,17 @@ class Rows:
     first: int
     count: int
     group: dist.ProcessGroup
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what ``torch.compile``, DDP and DataParallel put around it, under which parameters have other names."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
 def check_supported(model: nn.Module) -> None:
@@ -97,3 +108,20 @@ def average(tensors: list[torch.Tensor]) -> None:
         work.wait()
     for tensor in mine:
         tensor.div_(dist.get_world_size())
+
+
+def sums(numbers: list[torch.Tensor], rows: list[Rows | None]) -> torch.Tensor:
+    """One number per tensor, of what lies here, summed over the processes that hold the rest of it.
+
+    Args:
+        numbers: scalars, e.g. the count of nonzeros of a local part.
+        rows: how each tensor is sharded; None: it is whole here, and so is its number.
+    """
+    total = torch.stack(numbers)
+    groups = dict.fromkeys(one.group for one in rows if one is not None)  # in the same order on every process
+    for group in groups:
+        shared = torch.tensor([one is not None and one.group is group for one in rows], device=total.device)
+        of_group = total.masked_fill(~shared, 0)
+        dist.all_reduce(of_group, group=group)
+        total = torch.where(shared, of_group, total)
+    return total

@@ -30,13 +30,12 @@ from torch import nn
 from hf_sparse.config import CONFIG_KEY, SparsityConfig
 from hf_sparse.masks import Masks
 from hf_sparse.methods import METHODS, schedule_options
-from hf_sparse.patterns import Unstructured, parse
-from hf_sparse.pruning.plan import make_plan
 from hf_sparse.schedules import SCHEDULES, Constant, Schedule, Updates, as_step
-from hf_sparse.targets import find_targets
 from hf_sparse.training import dense_weights
+from hf_sparse.training.moments import moments, reset_moments
 from hf_sparse.training.sharding import average, check_supported, local
-from hf_sparse.training.topology import masks_by_score, move, start_scores
+from hf_sparse.training.start import choose_first_masks, describe_zeros, find_weights
+from hf_sparse.training.topology import move
 from hf_sparse.training.weight import Weight
 
 __all__ = ["SparseTraining", "sparsify"]
@@ -63,7 +62,7 @@ def sparsify(
             trained but would have to be, a schedule that ends before it starts, an optimizer or a sharding that is not
             supported.
     """
-    training = SparseTraining(model, config)
+    training = SparseTraining(model, config, optimizer, total_steps)
     if optimizer is not None:
         training.start(optimizer, total_steps)
     return training
@@ -79,7 +78,7 @@ class SparseTraining:
         step: optimizer steps done.
     """
 
-    def __init__(self, model: nn.Module, config: SparsityConfig | None = None):
+    def __init__(self, model: nn.Module, config: SparsityConfig | None = None, optimizer=None, total_steps=None):
         config = replace(config) if config else SparsityConfig(method="static", saliency="zeros")  # ours to complete
         if config.method is None:
             raise ValueError(
@@ -98,86 +97,20 @@ class SparseTraining:
         self._skipped = False
         self._moments_seen = False
         self._aside_for = -1  # the step whose gradients are being put aside
-        self.weights = self._find_weights()
-        self._choose_masks()
-
-    # -- the start ---------------------------------------------------------------------------------------------------
-
-    def _find_weights(self) -> list[Weight]:
-        config, model = self.config, self.model
-        attached = Masks.attached(model)
-        if attached:
-            _check_same_run(model, config)
-        targets = find_targets(model, config.targets, config.ignore)
-        if config.saliency == "zeros":
-            counts = {name: local(model.get_parameter(name).detach()).count_nonzero() for name in targets}
-            if attached:
-                chosen = [name for name in targets if name in attached]
-            else:
-                chosen = [n for n, c in counts.items() if int(c) < local(model.get_parameter(n)).numel()]
-            if not chosen:
-                raise ValueError(
-                    "this model has no zeros to keep: every target is dense. Prune it first (hf_sparse.prune, hf-sparse "
-                    "prune), or give SparsityCallback a config, e.g. SparsityConfig(sparsity=0.5, method='static')"
-                )
-            plan = {name: (Unstructured(), 0.0) for name in chosen}  # shape and amount are those of the zeros
-        else:
-            plan = {n: (p, s) for n, (p, s) in make_plan(model, config, targets, None).items() if s > 0}
-        weights = []
-        for name, (pattern, sparsity) in plan.items():
-            owner, _, attribute = name.rpartition(".")
-            weights.append(Weight(targets[name], pattern, sparsity, model.get_submodule(owner), attribute))
-        frozen = [weight.name for weight in weights if not weight.parameter.requires_grad]
-        if frozen and (self.method.grow is not None or self.method.dense_weights):
-            raise ValueError(
-                f"method {config.method!r} trains the masked weights, but {frozen[0]} is frozen"
-                f"{' (PEFT froze it)' if '.base_layer.' in frozen[0] or 'base_model.' in frozen[0] else ''}; use 'static' or "
-                "'gmp', which mask frozen weights too, or train all parameters"
-            )
-        return weights
-
-    @torch.no_grad()
-    def _choose_masks(self) -> None:
-        config, weights = self.config, self.weights
-        for weight in weights:  # those of an earlier training of this model are saved again
-            weight.module._non_persistent_buffers_set.discard(f"{weight.attribute}_mask")
-        if self.method.dense_weights:
-            dense_weights.begin(weights, config.method, self.options)
-        elif all(weight.companion("mask") is not None for weight in weights):
-            pass  # carried on
-        elif config.saliency == "zeros":
-            for weight in weights:
-                weight.put("mask", weight.values() != 0)
-        else:
-            scores = [start_scores(weight, config.saliency, config.seed) for weight in weights]
-            fan_in = self.method.pattern == "constant-fan-in"
-            masks = masks_by_score(weights, scores, [self._sparsity_at(weight, 0) for weight in weights], fan_in)
-            for weight, mask in zip(weights, masks, strict=True):
-                weight.put("mask", mask)
-        if self.method.grow is not None:
-            for weight in weights:
-                if weight.companion("explored") is None:
-                    weight.put("explored", weight.mask.clone())
+        self.weights = find_weights(model, config)
+        if optimizer is not None:  # whatever is wrong is said before a weight changes
+            self._resolve_schedule(total_steps)
+            self._check_optimizer(optimizer)
+        first = [self._sparsity_at(weight, 0) for weight in self.weights]
+        choose_first_masks(self.weights, config, self.options, first)
         self._count()
         if config.saliency == "zeros":
-            for weight in weights:
-                weight.sparsity = 1.0 - weight.kept / weight.numel
-            total = sum(weight.numel for weight in weights)
-            config.sparsity = 1.0 - sum(weight.kept for weight in weights) / total
-            self._remember_how_the_zeros_came()
+            describe_zeros(model, config, self.weights)
         self._zero_pruned()
-        if hasattr(self.model, "config"):
-            setattr(self.model.config, CONFIG_KEY, config.to_dict())
+        if hasattr(model, "config"):
+            setattr(model.config, CONFIG_KEY, config.to_dict())
 
-    def _remember_how_the_zeros_came(self) -> None:
-        """Keeps what the checkpoint says of its zeros, where it is still true of them."""
-        before = SparsityConfig.from_model_config(getattr(self.model, "config", None))
-        if before is None:
-            return
-        self.config.provenance = before.provenance
-        implied = parse(before.pattern).implied_sparsity
-        if implied is None or abs(self.config.sparsity - implied) < 1e-6:
-            self.config.pattern = before.pattern
+    # -- start and end -----------------------------------------------------------------------------------------------
 
     def start(self, optimizer, total_steps: int | None = None) -> None:
         """Puts the hooks on the weights and the optimizer; from here on its steps keep and move the masks.
@@ -190,22 +123,11 @@ class SparseTraining:
             ValueError: the optimizer has no step hooks or does not train the masked weights, a share of training without
                 ``total_steps``, an empty schedule, a checkpoint that was loaded without its masks.
         """
-        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper calls itself an Optimizer but has no hooks
-            optimizer = optimizer.optimizer
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(
-                f"{type(optimizer).__name__} is no torch.optim.Optimizer, so there is no step to follow; DeepSpeed and others "
-                "that step elsewhere are not supported"
-            )
         check_supported(self.model)
         self._resolve_schedule(total_steps)
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        optimizer = self._check_optimizer(optimizer)
         for weight in self.weights:
             weight.align()
-            if weight.parameter.requires_grad and id(weight.parameter) not in trained:
-                raise ValueError(
-                    f"the optimizer does not hold {weight.name}; make it after the model is wrapped, from model.parameters()"
-                )
         self._count()
         self._check_zeros()
         self.stop()
@@ -216,6 +138,22 @@ class SparseTraining:
                     self._handles.append(weight.parameter.register_post_accumulate_grad_hook(hook))
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _check_optimizer(self, optimizer) -> torch.optim.Optimizer:
+        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper calls itself an Optimizer but has no hooks
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"{type(optimizer).__name__} is no torch.optim.Optimizer, so there is no step to follow; DeepSpeed and others "
+                "that step elsewhere are not supported"
+            )
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for weight in self.weights:
+            if weight.parameter.requires_grad and id(weight.parameter) not in trained:
+                raise ValueError(
+                    f"the optimizer does not hold {weight.name}; make it after the model is wrapped, from model.parameters()"
+                )
+        return optimizer
 
     def _resolve_schedule(self, total_steps: int | None) -> None:
         if not self.method.is_dynamic:
@@ -328,7 +266,7 @@ class SparseTraining:
             if self.method.grow is not None and not self._moments_seen:
                 self._moments_seen = not self._skipped
                 for weight in self.weights:  # now, rather than hours later at the first update
-                    _moments(optimizer, weight)
+                    moments(optimizer, weight)
             if due:
                 self._update(optimizer)
         self.forget_gradients()
@@ -348,7 +286,7 @@ class SparseTraining:
             if weight.companion("explored") is not None:
                 weight.put("explored", weight.companion("explored") | new)
             if self.method.grow is not None:
-                _reset_moments(optimizer, weight, old & new)
+                reset_moments(optimizer, weight, old & new)
         self._zero_pruned()
         self._record_change(before)
         self._count()
@@ -450,46 +388,3 @@ class SparseTraining:
                     "was trained with. Resume from a checkpoint that the sparse training wrote (its model file holds "
                     f"{weight.attribute}_mask beside {weight.attribute}), or start from the weights with saliency 'zeros'"
                 )
-
-
-def _check_same_run(model: nn.Module, config: SparsityConfig) -> None:
-    """A model that carries masks may go on with them, but not under another config."""
-    carried = getattr(getattr(model, "config", None), CONFIG_KEY, None)
-    if config.saliency == "zeros":
-        return
-    mine = {key: value for key, value in config.to_dict().items() if key != "provenance"}
-    theirs = {key: value for key, value in (carried or {}).items() if key != "provenance"}
-    if mine != theirs:
-        different = [key for key in mine if mine[key] != theirs.get(key)]
-        raise ValueError(
-            f"this model is already masked by another config (they differ in {', '.join(different)}); call densify(model) to "
-            "take those masks off, or give SparsityCallback no config to go on with them"
-        )
-
-
-def _reset_moments(optimizer: torch.optim.Optimizer, weight: Weight, stayed: torch.Tensor) -> None:
-    """Zeroes the optimizer's state of every weight that was dropped or grown."""
-    for state in _moments(optimizer, weight):
-        torch.where(stayed.view(state.shape), state, state.new_zeros(()), out=state)
-
-
-def _moments(optimizer: torch.optim.Optimizer, weight: Weight) -> list[torch.Tensor]:
-    """The optimizer's state that has an entry for every weight; factored moments (Adafactor) have not.
-
-    Raises:
-        ValueError: it is kept in a form that cannot be set to zero weight by weight (quantized).
-    """
-    found = []
-    numel = weight.values().numel()
-    for key, state in optimizer.state.get(weight.parameter, {}).items():
-        if not isinstance(state, torch.Tensor) or local(state).numel() != numel or numel == 1:
-            continue
-        state = local(state)
-        if not state.is_floating_point() or type(state) is not torch.Tensor:
-            raise ValueError(
-                f"{type(optimizer).__name__} keeps {key!r} of {weight.name} as {state.dtype} {type(state).__name__}, which "
-                "cannot be set to zero weight by weight; use an optimizer with plain moments (torch.optim.AdamW), or a method "
-                "whose masks do not grow (static, gmp)"
-            )
-        found.append(state)
-    return found

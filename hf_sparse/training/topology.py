@@ -54,6 +54,9 @@ def masks_by_score(
             continue
         target = weight.target
         here = _rows_are_whole(weight)
+        if here and score.numel() == 0:  # fewer rows than processes
+            masks[i] = torch.ones_like(score, dtype=torch.bool)
+            continue
         matrix = target.matrix(score if here else weight.gather(score))
         if fan_in:
             kept = _each(target, partial(constant_fan_in_start, density=1.0 - sparsities[i]), matrix)
@@ -168,7 +171,7 @@ def _rows_are_whole(weight: Weight) -> bool:
     if weight.rows is None:
         return True
     row_wise = isinstance(weight.pattern, (NM, ConstantFanIn))
-    return row_wise and weight.rows.count > 0 and (weight.target.layout == "matrix" or weight.target.is_experts)
+    return row_wise and (weight.target.layout == "matrix" or weight.target.is_experts)  # alike on every process
 
 
 def _by_group(numbered: list[tuple[int, Weight]]):

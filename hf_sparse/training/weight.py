@@ -81,7 +81,7 @@ class Weight:
         parameter = self.parameter
         if isinstance(parameter, DTensor):
             placed = (parameter.device_mesh, parameter.placements)
-            tensor = DTensor.from_local(tensor, *placed, shape=parameter.shape, stride=parameter.stride())
+            tensor = DTensor.from_local(tensor.contiguous(), *placed, shape=parameter.shape, stride=parameter.stride())
         self.module.register_buffer(f"{self.attribute}_{what}", tensor, persistent=True)
 
     def drop(self, what: str) -> None:
@@ -121,4 +121,4 @@ class Weight:
     def first_index(self) -> int:
         """The flat index, in the whole weight, of the first element held here."""
         rows = self.rows
-        return 0 if rows is None else rows.first * self.parameter[0].numel()
+        return 0 if rows is None else rows.first * self.parameter.shape[1:].numel()  # indexing would gather the weight

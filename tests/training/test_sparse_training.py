@@ -475,6 +475,7 @@ def test_optimizers_that_cannot_be_followed(tiny_model):
         sparsify(model, config("static"), object())
     with pytest.raises(ValueError, match="the optimizer does not hold model.layers.0"):
         sparsify(model, config("static"), torch.optim.SGD(model.lm_head.parameters(), lr=0.1))
+    assert not Masks.attached(model) and all((parameter != 0).any() for parameter in model.parameters())
 
 
 class EightBit(torch.optim.Optimizer):
@@ -515,6 +516,7 @@ def test_schedules_that_cannot_be(tiny_model, schedule, total, message):
     model = tiny_model("llama")
     with pytest.raises(ValueError, match=message):
         sparsify(model, SparsityConfig(method="rigl", schedule=schedule), adamw(model), total_steps=total)
+    assert not Masks.attached(model) and model.model.layers[0].mlp.up_proj.weight.all()
 
 
 def test_a_checkpoint_without_its_masks(tiny_model):
