@@ -125,7 +125,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self.training.finish()
             self._ended = True
             self._placed = {}
-            if self.training.method.is_dynamic:  # not saved any more, so not loaded either; masks that never move need not be
+            if self.training.method.is_dynamic:  # no longer saved, so not loaded either; static ones need not be
                 self._place(unwrapped(model))
 
     def _place(self, model: nn.Module) -> None:
@@ -139,9 +139,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 continue  # neither it nor its mask changes, and PEFT saves adapters only
             if attached.get(name) is mask and mask._version == version:
                 raise ValueError(
-                    f"training resumes at step {step}, but no mask of {name} was loaded. Resume from a checkpoint that the sparse "
-                    f"training wrote (its model file holds {name}_mask), in a new Trainer. If the file has it and the Trainer "
-                    "warned of missing keys, this version of transformers loads the model under other names than it saves"
+                    f"training resumes at step {step}, but no mask of {name} was loaded. Resume from a checkpoint that the "
+                    f"sparse training wrote (its model file holds {name}_mask), in a new Trainer. If the file has it and the "
+                    "Trainer warned of missing keys, this transformers saves the model under other names than it loads"
                 )
 
     def _count_flops(self, model: nn.Module, saved: dict) -> None:

@@ -158,12 +158,18 @@ def _candidates(model: nn.Module) -> dict[str, tuple[Target, bool]]:
             if id(parameter) in seen:  # tied to a weight already listed
                 continue
             seen.add(id(parameter))
-            target = Target(name, module_name, type(module).__name__, shape, layout)
+            target = Target(name, module_name, _class_name(module), shape, layout)
             by_default = not (
                 id(parameter) in heads or _is_router(module_name, shape, expert_counts) or _is_depthwise(module)
             )
             found[name] = (target, by_default)
     return found
+
+
+def _class_name(module: nn.Module) -> str:
+    """The class as it was before ``fully_shard`` made it ``FSDP<class>``."""
+    bases = type(module).__bases__
+    return (bases[1] if bases[0].__name__ == "FSDPModule" else type(module)).__name__
 
 
 def _weights(module: nn.Module, model: nn.Module):
@@ -173,10 +179,8 @@ def _weights(module: nn.Module, model: nn.Module):
         if isinstance(module, nn.Linear) and weight.dim() == 2:
             yield "weight", weight, "matrix", tuple(weight.shape)
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            yield "weight", weight, "conv", (weight.shape[0], weight[0].numel())
-        elif (
-            type(module).__name__ == "Conv1D" and weight.dim() == 2
-        ):  # transformers' GPT-2 layer, y = x @ weight + bias
+            yield "weight", weight, "conv", (weight.shape[0], weight.shape[1:].numel())
+        elif _class_name(module) == "Conv1D" and weight.dim() == 2:  # transformers' GPT-2 layer, y = x @ weight + bias
             yield "weight", weight, "transposed", (weight.shape[1], weight.shape[0])
     for attribute, parameter in _expert_parameters(module).items():
         transposed = _expert_is_transposed(module, attribute, parameter)

@@ -48,7 +48,7 @@ def _backward_sparsity(weight: Weight, options: dict) -> float:
 
 
 @torch.no_grad()
-def swap_in(weights: list[Weight], method: str, options: dict) -> None:
+def swap_in(weights: list[Weight], method: str, options: dict, scale: float = 1.0) -> None:
     """Before the optimizer's step: the dense weights in the parameters, the penalty in their gradients."""
     for weight in weights:
         dense = weight.companion("dense")
@@ -58,11 +58,11 @@ def swap_in(weights: list[Weight], method: str, options: dict) -> None:
             continue
         gradient = local(gradient)
         if method == "sr-ste":
-            sr_ste_decay_(gradient, dense, weight.mask, options["decay"])
+            sr_ste_decay_(gradient, dense, weight.mask, options["decay"] * scale)
         else:
             density = 1.0 - weight.sparsity
             trained = weight.companion("trained")
-            top_kast_penalty_(gradient, dense, weight.mask, trained, density, options["strength"])
+            top_kast_penalty_(gradient, dense, weight.mask, trained, density, options["strength"] * scale)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ the seed, the step and the parameter's name. So a resumed run continues bit for 
 without a broadcast.
 """
 
+import weakref
 from dataclasses import replace
 
 import torch
@@ -33,7 +34,7 @@ from hf_sparse.methods import METHODS, schedule_options
 from hf_sparse.schedules import SCHEDULES, Constant, Schedule, Updates, as_step
 from hf_sparse.training import dense_weights
 from hf_sparse.training.moments import moments, reset_moments
-from hf_sparse.training.sharding import average, check_supported, local
+from hf_sparse.training.sharding import average, check_supported, local, sums, unwrapped
 from hf_sparse.training.start import choose_first_masks, describe_zeros, find_weights
 from hf_sparse.training.topology import move
 from hf_sparse.training.weight import Weight
@@ -86,7 +87,7 @@ class SparseTraining:
                 "keeps a mask, and no config at all keeps the zeros the model has"
             )
         check_supported(model)
-        self.model = model
+        self.model = model = unwrapped(model)  # under a wrapper parameters have other names, and so other random masks
         self.config = config
         self.method = METHODS[config.method]
         self.options = schedule_options(config.method, config.schedule)
@@ -96,7 +97,6 @@ class SparseTraining:
         self._last_change: torch.Tensor | None = None  # stays on the device until somebody asks
         self._skipped = False
         self._moments_seen = False
-        self._aside_for = -1  # the step whose gradients are being put aside
         self.weights = find_weights(model, config)
         if optimizer is not None:  # whatever is wrong is said before a weight changes
             self._resolve_schedule(total_steps)
@@ -217,7 +217,7 @@ class SparseTraining:
             if zero is None:
                 zero = gradient.new_zeros(())
             if self._needs_gradients():
-                self._put_aside(weight, gradient, mask)
+                self._put_aside(weight, parameter.grad, mask)
             torch.where(mask, gradient, zero, out=gradient)  # selected, not multiplied: 0 * inf is NaN
 
         return hook
@@ -225,13 +225,16 @@ class SparseTraining:
     def _needs_gradients(self) -> bool:
         return self.method.needs_gradient and self.schedule is not None and self.schedule.due(self.step + 1)
 
-    def _put_aside(self, weight: Weight, gradient: torch.Tensor, mask: torch.Tensor) -> None:
-        """Adds this micro-batch's gradient of pruned weights; that of kept ones is accumulated in ``gradient`` already."""
-        if self._aside_for != self.step:
-            self.forget_gradients()
-            self._aside_for = self.step
-        if weight.gradient is None:
+    def _put_aside(self, weight: Weight, accumulating: torch.Tensor, mask: torch.Tensor) -> None:
+        """Adds this micro-batch's gradient of pruned weights; that of kept ones is accumulated in ``accumulating`` already.
+
+        A new tensor accumulates after ``zero_grad``: what an overflow left behind, whose step was skipped, is forgotten.
+        """
+        gradient = local(accumulating)
+        begun = weight.accumulating is not None and weight.accumulating() is accumulating
+        if weight.gradient is None or not begun:
             weight.gradient = gradient.clone()
+            weight.accumulating = weakref.ref(accumulating)
         else:
             torch.where(mask, gradient, weight.gradient + gradient, out=weight.gradient)
 
@@ -247,7 +250,10 @@ class SparseTraining:
         found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers are called and skip by themselves
         self._skipped = found_inf is not None and bool(found_inf.item())
         if self.method.dense_weights:
-            dense_weights.swap_in(self.weights, self.config.method, self.options)
+            scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale by themselves, after this
+            dense_weights.swap_in(
+                self.weights, self.config.method, self.options, 1.0 if scale is None else float(scale)
+            )
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
@@ -360,13 +366,16 @@ class SparseTraining:
             torch.where(weight.mask, values, values.new_zeros(()), out=values)
 
     def _totals(self, what: str) -> list[int]:
-        counts = torch.stack([weight.companion(what).sum() for weight in self.weights])
-        for group in self._groups():  # one at most: a model is sharded over one set of processes
-            dist.all_reduce(counts, group=group)
+        counts = self._sums([weight.companion(what).sum() for weight in self.weights])
         return counts.tolist()
 
-    def _groups(self) -> set[dist.ProcessGroup]:
-        return {weight.rows.group for weight in self.weights if weight.rows is not None}
+    def _sums(self, numbers: list[torch.Tensor]) -> torch.Tensor:
+        """One number per weight, summed over the processes it is sharded over."""
+        return sums(numbers, [weight.rows for weight in self.weights])
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        """The processes that weights are sharded over, in the same order everywhere."""
+        return list(dict.fromkeys(weight.rows.group for weight in self.weights if weight.rows is not None))
 
     def _total(self, what: str) -> int:
         return sum(self._totals(what))
@@ -377,8 +386,9 @@ class SparseTraining:
 
     def _record_change(self, before: list[torch.Tensor]) -> None:
         """Share of the kept weights that were not kept before; on the device until it is logged."""
-        new = sum((weight.mask & ~old).sum() for weight, old in zip(self.weights, before, strict=True))
-        self._last_change = new / max(1, sum(weight.mask.sum() for weight in self.weights))
+        new = self._sums([(weight.mask & ~old).sum() for weight, old in zip(self.weights, before, strict=True)])
+        kept = self._sums([weight.mask.sum() for weight in self.weights])
+        self._last_change = new.sum() / kept.sum().clamp_min(1)
 
     def _check_zeros(self) -> None:
         for weight in self.weights:

@@ -4,7 +4,6 @@ Everything that can be wrong with a config, a model or the two together is found
 """
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from hf_sparse.config import CONFIG_KEY, SparsityConfig
@@ -14,7 +13,7 @@ from hf_sparse.patterns import Unstructured, parse
 from hf_sparse.pruning.plan import make_plan
 from hf_sparse.targets import Target, find_targets
 from hf_sparse.training import dense_weights
-from hf_sparse.training.sharding import local, rows_of
+from hf_sparse.training.sharding import local, rows_of, sums
 from hf_sparse.training.topology import masks_by_score, start_scores
 from hf_sparse.training.weight import Weight
 
@@ -71,6 +70,7 @@ def choose_first_masks(weights: list[Weight], config: SparsityConfig, options: d
     method = METHODS[config.method]
     for weight in weights:  # masks of an earlier training of this model are saved again
         weight.module._non_persistent_buffers_set.discard(f"{weight.attribute}_mask")
+        weight.align()  # they may have been attached before the model was sharded
     if method.dense_weights:
         dense_weights.begin(weights, config.method, options)
     elif all(weight.companion("mask") is not None for weight in weights):
@@ -107,10 +107,7 @@ def _dense_ones(model: nn.Module, targets: dict[str, Target]) -> set[str]:
     """Names of the targets that have no zero, on any process."""
     names = list(targets)
     parameters = [model.get_parameter(name).detach() for name in names]
-    zeros = torch.stack([(local(parameter) == 0).sum() for parameter in parameters])
-    groups = {rows.group for parameter in parameters if (rows := rows_of(parameter)) is not None}
-    for group in groups:
-        dist.all_reduce(zeros, group=group)
+    zeros = sums([(local(parameter) == 0).sum() for parameter in parameters], [rows_of(p) for p in parameters])
     return {name for name, count in zip(names, zeros.tolist(), strict=True) if count == 0}
 
 

@@ -8,6 +8,7 @@ are buffers of the module, so that they move, shard and save with it:
     weight_dense      the dense weights of SR-STE and Top-KAST, and weight_trained: which of them receive gradients
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,7 @@ class Weight:
     attribute: str
     kept: int = 0
     gradient: torch.Tensor | None = None
+    accumulating: "weakref.ref[torch.Tensor] | None" = None
 
     @property
     def name(self) -> str:
