@@ -213,7 +213,18 @@ def test_finished_work_is_not_done_again(tmp_path):
 def test_results_of_two_recipes_do_not_mix(tmp_path):
     from spdf import check_protocol
 
-    names = ["steps", "batch", "length", "seed", "epochs", "finetune_batch", "finetune_rate", "width", "validation"]
+    names = [
+        "steps",
+        "every",
+        "batch",
+        "length",
+        "seed",
+        "epochs",
+        "finetune_batch",
+        "finetune_rate",
+        "width",
+        "validation",
+    ]
     arguments = argparse.Namespace(output=tmp_path, **dict.fromkeys(names, 1))
     check_protocol(arguments)
     check_protocol(arguments)
