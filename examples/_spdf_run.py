@@ -73,7 +73,7 @@ def run(arguments, model, train, validation, callbacks: list, recipe: dict, what
         "recipe": {name: str(value) if isinstance(value, Path) else value for name, value in recipe.items()},
         "device": device_name(torch.device("cuda" if on_gpu else "cpu")),
         "versions": versions(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", "examples/spdf.py", *(Path(word).name for word in sys.argv[1:])]),
     }
 
 

@@ -11,7 +11,7 @@ own schedule, in fewer FLOPs; fine-tune with the zeros set free. The ablation ke
 Variants: a GPT-2 of 12 x 768 from scratch, ``dense``, ``static50`` and ``static75`` (random masks, fixed), ``rigl75``
 (RigL at the same uniform sparsity; 100 steps between updates until 75% of training, 30% dropped, cosine, as in Cerebras'
 GPT-2 recipe). The same initial weights and the same batches for all. Stages: ``data``, ``pretrain``, ``finetune`` (and
-beam search on the test set), ``score`` (BLEU, needs sacrebleu; JSON and plot, needs matplotlib), ``all``. A stage leaves
+beam search on the test set), ``score`` (BLEU, needs sacrebleu, which comes with ``hf-sparse[eval]``; JSON and plot, needs matplotlib), ``all``. A stage leaves
 its result in ``--output`` and is skipped the next time, so an experiment may be done in pieces.
 
 A warning about ``--every``: 15 steps between RigL's updates, the same share of this short training as in the recipe, is

@@ -105,7 +105,9 @@ def main() -> None:
         2 * 1 + 2 * 4 + 2 * 4
     )  # two masks of a byte, gradient and weight in float32 read and written
     content = {
-        "command": " ".join(["python", "examples/benchmarks/sparse_training_speed.py", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", "examples/benchmarks/sparse_training_speed.py", *(Path(word).name for word in sys.argv[1:])]
+        ),
         "device": device_name(device),
         "versions": versions(),
         "model": "GPT-2 Small shape, bfloat16 autocast, torch.compile, fused AdamW, clipping",
