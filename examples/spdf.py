@@ -11,11 +11,12 @@ own schedule, in fewer FLOPs; fine-tune with the zeros set free. The ablation ke
 Variants: a GPT-2 of 12 x 768 from scratch, ``dense``, ``static50`` and ``static75`` (random masks, fixed), ``rigl75``
 (RigL at the same uniform sparsity; 100 steps between updates until 75% of training, 30% dropped, cosine, as in Cerebras'
 GPT-2 recipe). The same initial weights and the same batches for all. Stages: ``data``, ``pretrain``, ``finetune`` (and
-beam search on the test set), ``score`` (BLEU, needs sacrebleu, which comes with ``hf-sparse[eval]``; JSON and plot, needs matplotlib), ``all``. A stage leaves
-its result in ``--output`` and is skipped the next time, so an experiment may be done in pieces.
+beam search on the test set), ``score`` (BLEU, needs sacrebleu, part of ``hf-sparse[eval]``; JSON and plot, needs
+matplotlib), ``all``. A stage leaves its result in ``--output`` and is skipped the next time, so an experiment may be
+done in pieces.
 
-A warning about ``--every``: 15 steps between RigL's updates, the same share of this short training as in the recipe, is
-far worse than 100. A grown weight starts at zero; without steps to grow it is the smallest at the next update and goes.
+``--every 15`` would be the recipe's share of training between RigL's updates (100 of 4,778 steps); it gives a worse
+pre-training loss than 100 steps. A grown weight starts at zero and needs steps to grow, or the next update drops it.
 
 The paper's recipe is kept where a smaller budget allows: AdamW(.9, .999), weight decay .1, clipping at 1, 15% warm-up,
 cosine to 10% of 6e-4, nothing retuned for sparsity; AdamW with linear decay on E2E, batch and learning rate from the
