@@ -15,10 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from hf_sparse.callbacks.sparsity import unwrapped
 from hf_sparse.masks import Masks
 from hf_sparse.schedules import as_step
 from hf_sparse.training.densify import densify
+from hf_sparse.training.sharding import unwrapped
 
 __all__ = ["DenseFinetuningCallback"]
 

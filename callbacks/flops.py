@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_sparse.callbacks.metrics import add_metrics, stand_before_reporters
-from hf_sparse.callbacks.sparsity import unwrapped
 from hf_sparse.flops import FlopCounter
+from hf_sparse.training.sharding import unwrapped
 
 __all__ = ["FlopsCallback"]
 

@@ -23,7 +23,7 @@ from hf_sparse.training.densify import densify
 from hf_sparse.training.sharding import unwrapped
 from hf_sparse.training.sparse_training import SparseTraining
 
-__all__ = ["SparsityCallback", "unwrapped"]
+__all__ = ["SparsityCallback"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
     a place when training resumes. After training the model is a plain one with zeros.
 
     Adds to the Trainer's log: ``density``; ``mask_updates``, ``mask_change`` (share of the kept weights that the last update
-    exchanged) and ``ever_active`` (share of weights kept at some time) where masks move; ``flops_spent`` and
-    ``flops_dense``, what training took so far, backward included, and what the dense model would have taken.
+    exchanged) where masks move, ``ever_active`` (share of weights kept at some time) where weights are grown; ``flops_spent``
+    and ``flops_dense``, what training took so far, backward included, and what the dense model would have taken.
+    A training that is interrupted leaves its masks in the model: ``callback.training.finish()`` before saving it.
 
     Args:
         config: a :class:`hf_sparse.SparsityConfig` with a method, or a dict of its fields. None: the zeros that the model has
@@ -47,6 +48,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, config: SparsityConfig | dict | None = None):
+        if not isinstance(config, (SparsityConfig, dict, type(None))):
+            raise TypeError(f"a config is a SparsityConfig or a dict of its fields, got {config!r}")
         self.config = SparsityConfig.from_dict(config) if isinstance(config, dict) else config
         self.training: SparseTraining | None = None  # made by the Trainer's events, never restored
         self.flops_spent = self.flops_dense = 0.0
@@ -69,14 +72,14 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         model = unwrapped(model)
         stand_before_reporters(self)
-        saved = state.stateful_callbacks
-        if _attributes(saved, "DenseFinetuningCallback").get("done"):
+        if _saved(state, "DenseFinetuningCallback", "attributes").get("done"):
             self.training = None  # the checkpoint was written after the transition
             if Masks.attached(model):
                 densify(model)
-            self._count_flops(model, _attributes(saved, type(self).__name__))
+            self._count_flops(model, state)
             return
         if state.global_step > 0:
+            self._check_same_config(_saved(state, type(self).__name__, "args").get("config"))
             self._check_loaded(model, state.global_step)
         if self.training is None or self.training.model is not model or self._ended:
             fresh = state.global_step == 0 or self.config is None or self.config.saliency == "zeros"
@@ -89,7 +92,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._ended = False
         self.training.step = state.global_step
         self.training.start(optimizer, state.max_steps)
-        self._count_flops(model, _attributes(saved, type(self).__name__))
+        self._count_flops(model, state)
         _warn_of_plain_adapters(self.training)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -112,7 +115,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             return
         over = self.training is None or self.training.is_over()
         metrics = {"density": 1.0} if over else self.training.metrics()
-        if self._counter is not None:
+        if self._counter is not None and not self._counter.failed:
             scale = args.world_size
             metrics |= {"flops_spent": self._spent() * scale, "flops_dense": self._dense() * scale}
         add_metrics(state, logs, metrics)
@@ -131,6 +134,18 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def _place(self, model: nn.Module) -> None:
         self._placed = {name: (mask, mask._version) for name, mask in Masks.attached(model).items()}
 
+    def _check_same_config(self, saved: dict | None) -> None:
+        if saved is None or self.config is None:
+            return
+        mine = self.config.to_dict()
+        different = [key for key in mine if key != "provenance" and mine[key] != saved.get(key)]
+        if different:
+            raise ValueError(
+                "the checkpoint was trained with another sparsity config; they differ in "
+                + ", ".join(f"{key} ({saved.get(key)!r} there, {mine[key]!r} here)" for key in different)
+                + ". Resume with the same, or start a new training from the checkpoint's weights"
+            )
+
     def _check_loaded(self, model: nn.Module, step: int) -> None:
         """Loading writes into the masks there are, in place, which autograd's version counter tells."""
         attached = Masks.attached(model)
@@ -144,14 +159,15 @@ class SparsityCallback(TrainerCallback, ExportableState):
                     "Trainer warned of missing keys, this transformers saves the model under other names than it loads"
                 )
 
-    def _count_flops(self, model: nn.Module, saved: dict) -> None:
+    def _count_flops(self, model: nn.Module, state) -> None:
+        saved = _saved(state, type(self).__name__, "attributes") if state.global_step > 0 else {}
+        before = saved.get("flops_spent", 0.0), saved.get("flops_dense", 0.0)
         try:
-            self._counter = FlopCounter.attach(model)
+            self._counter = FlopCounter.attach(model, strict=False)
         except ValueError as error:
             logger.warning("FLOPs are not counted: %s", error)
             return
-        self._counter.spent = saved.get("flops_spent", 0.0)
-        self._counter.dense = saved.get("flops_dense", 0.0)
+        self._counter.spent, self._counter.dense = before
 
     def _spent(self) -> float:
         return self.flops_spent if self._counter is None else self._counter.spent
@@ -160,11 +176,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return self.flops_dense if self._counter is None else self._counter.dense
 
 
-def _attributes(saved: dict, name: str) -> dict:
-    """The attributes a checkpoint has of a callback class."""
-    found = (saved or {}).get(name) or {}
+def _saved(state, name: str, part: str) -> dict:
+    """What the Trainer's state has of a callback class: its ``args`` or ``attributes``."""
+    found = (state.stateful_callbacks or {}).get(name) or {}
     found = found[-1] if isinstance(found, list) else found  # the Trainer keeps a list where there are several
-    return found.get("attributes", {}) if isinstance(found, dict) else {}
+    return found.get(part, {}) if isinstance(found, dict) else {}
 
 
 def _warn_of_plain_adapters(training: SparseTraining) -> None:

@@ -59,7 +59,7 @@ class SparsityConfig:
         permute: for n:m, reorder the hidden units of every MLP so that the pattern costs less (RIA's channel permutation).
         block_size: columns per block of the SparseGPT solve.
         damp: ridge added to a Hessian's diagonal, as a fraction of its mean.
-        seed: seed of the ``random`` saliency.
+        seed: seed of all randomness: the ``random`` saliency, and what SET and CHTs grow.
         provenance: how the checkpoint came to be (base model, calibration data, command, versions); free-form, JSON.
 
     Raises:
@@ -105,6 +105,13 @@ class SparsityConfig:
             )
         if implied is not None:
             self.sparsity = implied
+        if self.method is not None:
+            initial = schedule_options(self.method, self.schedule).get("initial_sparsity", 0.0)
+            if self.sparsity and initial > self.sparsity:
+                raise ValueError(
+                    f"initial_sparsity {initial:g} is more than the sparsity at the end, {self.sparsity:g}, and gradual "
+                    f"pruning revives nothing; give schedule={{'initial_sparsity': ...}} at most {self.sparsity:g}"
+                )
         self.ignore = [] if self.ignore is None else self.ignore  # an empty entry in YAML
         self.overrides = {} if self.overrides is None else self.overrides
         for name in ("targets", "ignore"):
@@ -188,6 +195,14 @@ class SparsityConfig:
             )
         if self.allocation == "owl":
             raise ValueError("allocation 'owl' looks at data; prune() the model first and train with saliency 'zeros'")
+        for name, value in (self.overrides or {}).items():
+            if not isinstance(value, str) or not row.is_dynamic or self.method == "sr-ste":
+                continue
+            if str(patterns.parse(value)) != row.pattern and (self.method != "gmp" or ":" in value):
+                raise ValueError(
+                    f"the override of {name!r} asks for pattern {value}, which method {self.method!r} cannot move; override "
+                    "its sparsity, or ignore it"
+                )
         for name in ("repair", "permute"):
             if getattr(self, name):
                 raise ValueError(f"{name} belongs to one-shot pruning; with method {self.method!r} it has no effect")

@@ -26,6 +26,7 @@ that skips zeros, not time: dense hardware spends those of the dense model. :cla
 """
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -34,6 +35,8 @@ import torch
 from torch import nn
 
 from hf_sparse.targets import Target, find_targets
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["FlopCounter", "Phase", "active_share", "end_to_end_flops", "forward_flops", "macs_per_token", "rigl_flops"]
 __all__ += ["sparse_flops", "training_flops"]
@@ -149,6 +152,7 @@ class FlopCounter:
         frozen: weights that had no gradient when the counter was made.
         spent: FLOPs so far, in this process.
         dense: what the same passes would have cost without zeros.
+        failed: inputs were met that cannot be counted, and the sums are not to be used; see :meth:`attach`.
 
     Sequences packed into one row count as one, unless the batch carries ``max_length_q``. ``torch.compile(fullgraph=True)``
     does not admit the hook; call :meth:`count`.
@@ -161,16 +165,23 @@ class FlopCounter:
         self.densities: Densities = dict(densities or {})
         self.gradient_densities: Densities | None = None
         self.spent = self.dense = 0.0
+        self.strict, self.failed = True, False
         self._cost = _cost_of(model)
         self.frozen = frozenset(name for name in _weights(model) if not model.get_parameter(name).requires_grad)
         self._main_input = getattr(model, "main_input_name", "input_ids")
 
     @classmethod
-    def attach(cls, model: nn.Module) -> "FlopCounter":
-        """The counter of ``model``; made, and hooked to it as ``model.floating_point_ops``, if it has none."""
+    def attach(cls, model: nn.Module, strict: bool = True) -> "FlopCounter":
+        """The counter of ``model``; made, and hooked to it as ``model.floating_point_ops``, if it has none.
+
+        Args:
+            strict: raise at inputs that cannot be counted; False: warn once, and set ``failed``.
+        """
         if (counter := cls.attached(model)) is None:
             counter = model.floating_point_ops = cls(model)
             counter._handle = model.register_forward_pre_hook(counter._observe, with_kwargs=True)
+            counter.strict = strict
+        counter.strict |= strict
         return counter
 
     @classmethod
@@ -198,8 +209,15 @@ class FlopCounter:
 
     @torch.compiler.disable  # traced, the sums would be constants of the graph and every step would compile anew
     def _observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.failed:
+            return
+        try:
             self.count({self._main_input: args[0], **kwargs} if args else kwargs)
+        except ValueError as error:
+            if self.strict:
+                raise
+            self.failed = True
+            logger.warning("FLOPs are not counted: %s", error)
 
 
 class _Decoder(NamedTuple):

@@ -33,7 +33,9 @@ class Masks(dict[str, torch.Tensor]):
         return cls(
             {
                 name: mask
-                for name, _ in model.named_parameters()
+                for name, _ in model.named_parameters(
+                    remove_duplicate=False
+                )  # of a tied weight, the one that is masked
                 if isinstance(mask := getattr(*_place(model, name), None), torch.Tensor) and mask.dtype == torch.bool
             }
         )
@@ -62,6 +64,12 @@ class Masks(dict[str, torch.Tensor]):
         for name in Masks.attached(model):
             module, attribute = _place(model, name)
             module._non_persistent_buffers_set.add(attribute)
+
+    @staticmethod
+    def in_checkpoints(model: nn.Module) -> bool:
+        """Whether attached masks are part of ``state_dict``: a training is under way."""
+        places = [_place(model, name) for name in Masks.attached(model)]
+        return any(attribute not in module._non_persistent_buffers_set for module, attribute in places)
 
     @staticmethod
     def detach(model: nn.Module) -> "Masks":

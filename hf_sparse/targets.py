@@ -226,6 +226,9 @@ def _adapter_modules(model: nn.Module) -> set[str]:
     """Names of the modules that PEFT put beside a base layer (``lora_A``, ``lora_B``, ...), with all that is in them."""
     found = set()
     for name, module in model.named_modules():
+        if {"original_module", "modules_to_save"} <= set(module._modules):  # trained as a copy; the original waits
+            original = module.get_submodule("original_module")
+            found.update(f"{name}.original_module.{inner}".rstrip(".") for inner, _ in original.named_modules())
         if isinstance(module._modules.get("base_layer"), nn.Module):
             found.add(name)  # the wrapper passes its base layer's weight off as its own
             for child, below in module.named_children():

@@ -24,6 +24,7 @@ from hf_sparse.calibration import check_followable, collect, mean_gradients
 from hf_sparse.capture import as_batches, capture, find_decoder_layers, visiting
 from hf_sparse.config import CONFIG_KEY, SparsityConfig
 from hf_sparse.instruments import Timer, device_name, peak_memory, progress_bar, reset_peak_memory, versions
+from hf_sparse.masks import Masks
 from hf_sparse.patterns import NM
 from hf_sparse.pruning.group import Outcome, label, prune_group
 from hf_sparse.pruning.measure import summarize
@@ -77,6 +78,11 @@ def prune(
             f"prune() is one-shot and method {config.method!r} trains; give the config to SparsityCallback or sparsify(), or "
             "leave method out"
         )
+    if Masks.in_checkpoints(model):
+        raise ValueError(
+            "this model is in sparse training, which would undo the pruning; finish it first (training.finish())"
+        )
+    Masks.detach(model)  # of a training that is over; other weights will be zero
     started = time.perf_counter()
     home = next(model.parameters()).device
     device = torch.device(device or home)

@@ -44,6 +44,7 @@ def densify(model: nn.Module) -> int:
         owner, _, attribute = name.rpartition(".")
         for what in COMPANIONS:
             model.get_submodule(owner)._buffers.pop(f"{attribute}_{what}", None)
-    if hasattr(getattr(model, "config", None), CONFIG_KEY):
-        delattr(model.config, CONFIG_KEY)
+    described = getattr(model, "config", model)
+    if hasattr(described, CONFIG_KEY):
+        delattr(described, CONFIG_KEY)
     return revived

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-__all__ = ["Rows", "average", "check_supported", "cut", "local", "rows_of", "sums", "unwrapped", "whole"]
+__all__ = ["Rows", "all_agree", "average", "check_supported", "cut", "local", "rows_of", "sums", "unwrapped", "whole"]
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,13 @@ def sums(numbers: list[torch.Tensor], rows: list[Rows | None]) -> torch.Tensor:
         dist.all_reduce(of_group, group=group)
         total = torch.where(shared, of_group, total)
     return total
+
+
+def all_agree(yes: "bool | torch.Tensor") -> bool:
+    """Whether every process says yes; alone, whether this one does."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return bool(yes)
+    device = yes.device if isinstance(yes, torch.Tensor) else "cuda" if dist.get_backend() == "nccl" else "cpu"
+    votes = torch.tensor([int(yes)], device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return bool(votes)

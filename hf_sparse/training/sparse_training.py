@@ -25,17 +25,16 @@ import weakref
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from hf_sparse.config import CONFIG_KEY, SparsityConfig
 from hf_sparse.masks import Masks
 from hf_sparse.methods import METHODS, schedule_options
-from hf_sparse.schedules import SCHEDULES, Constant, Schedule, Updates, as_step
 from hf_sparse.training import dense_weights
 from hf_sparse.training.moments import moments, reset_moments
-from hf_sparse.training.sharding import average, check_supported, local, sums, unwrapped
+from hf_sparse.training.sharding import all_agree, average, check_supported, local, sums, unwrapped
 from hf_sparse.training.start import choose_first_masks, describe_zeros, find_weights
+from hf_sparse.training.timetable import Timetable, initial_share
 from hf_sparse.training.topology import move
 from hf_sparse.training.weight import Weight
 
@@ -58,6 +57,10 @@ def sparsify(
             make the optimizer first; masks may be chosen before or after.
         total_steps: optimizer steps of the training, for schedules given as shares of it.
 
+    A custom loop resumes with the checkpoint's masks, which are in its state dict, and its step:
+    ``training = sparsify(model, config)``, ``model.load_state_dict(...)``, ``training.step = step``,
+    ``training.start(optimizer, total_steps)``.
+
     Raises:
         ValueError: before any weight is changed: no method, no zeros to keep, masks of another config, weights that are not
             trained but would have to be, a schedule that ends before it starts, an optimizer or a sharding that is not
@@ -76,10 +79,15 @@ class SparseTraining:
         model: the model, not a wrapper of it.
         config: the sparsity config; with ``saliency="zeros"`` its sparsity is what was found.
         weights: the masked parameters.
+        dense: number of weights of targets that stay dense (by allocation or override) and so have no mask.
         step: optimizer steps done.
     """
 
     def __init__(self, model: nn.Module, config: SparsityConfig | None = None, optimizer=None, total_steps=None):
+        if isinstance(config, dict):
+            config = SparsityConfig.from_dict(config)
+        if config is not None and not isinstance(config, SparsityConfig):
+            raise TypeError(f"a config is a SparsityConfig or a dict of its fields, got {config!r}")
         config = replace(config) if config else SparsityConfig(method="static", saliency="zeros")  # ours to complete
         if config.method is None:
             raise ValueError(
@@ -92,23 +100,23 @@ class SparseTraining:
         self.method = METHODS[config.method]
         self.options = schedule_options(config.method, config.schedule)
         self.step = 0
-        self.schedule: Updates | None = None
+        self.timetable: Timetable | None = None
+        self._failed = 0  # steps in a row at which an update was due and could not be made
         self._handles: list = []
         self._last_change: torch.Tensor | None = None  # stays on the device until somebody asks
         self._skipped = False
         self._moments_seen = False
-        self.weights = find_weights(model, config)
+        self.weights, self.dense = find_weights(model, config)
         if optimizer is not None:  # whatever is wrong is said before a weight changes
-            self._resolve_schedule(total_steps)
+            Timetable.of(config, total_steps)
             self._check_optimizer(optimizer)
-        first = [self._sparsity_at(weight, 0) for weight in self.weights]
+        first = [weight.sparsity * initial_share(config) for weight in self.weights]
         choose_first_masks(self.weights, config, self.options, first)
         self._count()
         if config.saliency == "zeros":
             describe_zeros(model, config, self.weights)
         self._zero_pruned()
-        if hasattr(model, "config"):
-            setattr(model.config, CONFIG_KEY, config.to_dict())
+        setattr(getattr(model, "config", model), CONFIG_KEY, config.to_dict())  # what the next training compares with
 
     # -- start and end -----------------------------------------------------------------------------------------------
 
@@ -124,7 +132,7 @@ class SparseTraining:
                 ``total_steps``, an empty schedule, a checkpoint that was loaded without its masks.
         """
         check_supported(self.model)
-        self._resolve_schedule(total_steps)
+        self.timetable = Timetable.of(self.config, total_steps)
         optimizer = self._check_optimizer(optimizer)
         for weight in self.weights:
             weight.align()
@@ -154,28 +162,6 @@ class SparseTraining:
                     f"the optimizer does not hold {weight.name}; make it after the model is wrapped, from model.parameters()"
                 )
         return optimizer
-
-    def _resolve_schedule(self, total_steps: int | None) -> None:
-        if not self.method.is_dynamic:
-            return
-        begin = as_step(self.options["begin"], total_steps, "begin")
-        end = as_step(self.options["end"], total_steps, "end")
-        if end <= begin:
-            raise ValueError(
-                f"the schedule of {self.config.method!r} ends at step {end}, before it begins at step {begin}"
-            )
-        self._ramp_end = as_step(self.options.get("ramp_end", self.options["end"]), total_steps, "ramp_end")
-        if self._ramp_end > end:
-            raise ValueError(
-                f"the sparsity would rise until step {self._ramp_end}, but masks are updated until step {end} only"
-            )
-        every = self.options["every"]
-        ramped = "ramp" in self.options
-        if end - begin < every and not ramped:
-            raise ValueError(
-                f"no mask would ever be updated: the schedule runs from step {begin} to {end}, and every={every} is longer"
-            )
-        self.schedule = Updates(every, begin, end, closing=ramped)
 
     def stop(self) -> None:
         """Takes the hooks off; masks stay, and training may be started again."""
@@ -223,7 +209,7 @@ class SparseTraining:
         return hook
 
     def _needs_gradients(self) -> bool:
-        return self.method.needs_gradient and self.schedule is not None and self.schedule.due(self.step + 1)
+        return self.method.needs_gradient and self.timetable is not None and self.timetable.pending(self.step + 1)
 
     def _put_aside(self, weight: Weight, accumulating: torch.Tensor, mask: torch.Tensor) -> None:
         """Adds this micro-batch's gradient of pruned weights; that of kept ones is accumulated in ``accumulating`` already.
@@ -247,6 +233,11 @@ class SparseTraining:
         if self.is_over():
             self.stop()
             return
+        if self.method.dense_weights and any(callable(one) for one in (*args[1:], *kwargs.values())):
+            raise ValueError(
+                f"method {self.config.method!r} holds dense weights while the optimizer steps, and a closure would see them; "
+                "call backward() before optimizer.step()"
+            )
         found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers are called and skip by themselves
         self._skipped = found_inf is not None and bool(found_inf.item())
         if self.method.dense_weights:
@@ -261,12 +252,13 @@ class SparseTraining:
             return
         if not self._skipped:
             self.step += 1
-        due = not self._skipped and self.schedule is not None and self.schedule.due(self.step)
+        due = not self._skipped and self.timetable is not None and self.timetable.pending(self.step)
         if self.method.dense_weights:
             before = [weight.mask.clone() for weight in self.weights] if due else []
             dense_weights.swap_out(self.weights, self.config.method, self.options, refresh=due)
             if due:
                 self._record_change(before)
+                self.timetable.made(self.step)
         else:
             self._zero_pruned(trained_only=True)
             if self.method.grow is not None and not self._moments_seen:
@@ -282,10 +274,11 @@ class SparseTraining:
         weights = self.weights
         if self.method.needs_gradient and not self._gradients_are_usable():
             return
-        sparsities = [self._sparsity_at(weight, self.step) for weight in weights]
-        known = dict(step=self.step, sparsities=sparsities, fraction=self._drop_fraction(), seed=self.config.seed)
-        options = self.options | {"begin": self.schedule.begin, "end": self.schedule.end}
-        masks = move(weights, self.method, options, **known)
+        self._count()  # masks may have been loaded since
+        share, updates = self.timetable.share(self.step), self.timetable.updates
+        known = dict(fraction=self.timetable.drop_fraction(self.step), step=self.step, seed=self.config.seed)
+        options = self.options | {"begin": updates.begin, "end": updates.end}
+        masks = move(weights, self.method, options, sparsities=[w.sparsity * share for w in weights], **known)
         before = [weight.mask.clone() for weight in weights]
         for weight, old, new in zip(weights, before, masks, strict=True):
             weight.put("mask", new)
@@ -296,40 +289,26 @@ class SparseTraining:
         self._zero_pruned()
         self._record_change(before)
         self._count()
+        self.timetable.made(self.step)
 
     def _gradients_are_usable(self) -> bool:
+        """Whether every masked weight has a finite gradient of this step, on all processes; else the update waits."""
         gradients = [weight.gradient for weight in self.weights]
         missing = [w.name for w, g in zip(self.weights, gradients, strict=True) if g is None]
-        if missing:
+        usable = all_agree(not missing)
+        if usable:
+            average([g for weight, g in zip(self.weights, gradients, strict=True) if weight.rows is None])
+            usable = all_agree(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        self._failed = 0 if usable else self._failed + 1
+        if self._failed > self.options["every"]:
+            what = f"{missing[0]} has had no gradient" if missing else "gradients have not been finite"
             raise ValueError(
-                f"no gradient of {missing[0]} was seen before the update of step {self.step}: the model has a weight that the "
-                "loss does not depend on; leave it out of targets"
+                f"the mask update of step {self.step - self._failed + 1} could not be made: {what} for {self._failed} steps. "
+                "Ignore weights that the loss does not depend on, or that are frozen"
             )
-        average([g for weight, g in zip(self.weights, gradients, strict=True) if weight.rows is None])
-        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().int()
-        for group in self._groups():
-            dist.all_reduce(finite, dist.ReduceOp.MIN, group)
-        return bool(finite)
+        return usable
 
     # -- numbers -----------------------------------------------------------------------------------------------------
-
-    def _drop_fraction(self) -> float:
-        if "drop_fraction" not in self.options:
-            return 0.0
-        shape = SCHEDULES[self.options["anneal"]]
-        first, last = self.options["drop_fraction"], self.options.get("final_drop_fraction", 0.0)
-        return shape(first, last, self.schedule.begin, self.schedule.end)(self.step)
-
-    def _ramp(self) -> Schedule:
-        """The average sparsity over steps."""
-        if "ramp" not in self.options:
-            return Constant(self.config.sparsity, self.config.sparsity)
-        begin, end = (self.schedule.begin, self._ramp_end) if self.schedule else (0, 1)
-        return SCHEDULES[self.options["ramp"]](self.options["initial_sparsity"], self.config.sparsity, begin, end)
-
-    def _sparsity_at(self, weight: Weight, step: int) -> float:
-        """A weight's share of the ramp: every weight keeps its place in the allocation."""
-        return weight.sparsity * self._ramp()(step) / self.config.sparsity if self.config.sparsity else weight.sparsity
 
     def densities(self) -> dict[str, float]:
         """``{parameter name: fraction of weights kept}``; asks no device."""
@@ -344,15 +323,21 @@ class SparseTraining:
         return None
 
     def metrics(self) -> dict[str, float]:
-        """What a log wants to know: density, updates, the share of weights ever kept, how much the last update moved."""
+        """What a log wants to know: density, updates, the share of weights ever kept, how much the last update moved.
+
+        Density is that of all targets, those included that an allocation leaves dense. Every process of a sharded model has
+        to ask.
+        """
+        if self.is_over():
+            return {"density": 1.0}
         numel = sum(weight.numel for weight in self.weights)
-        found = {"density": self._total("mask") / numel}
+        found = {"density": (self._total("mask") + self.dense) / (numel + self.dense)}
         if self.method.is_dynamic:
-            found["mask_updates"] = self.schedule.count(self.step) if self.schedule else 0
+            found["mask_updates"] = self.timetable.count(self.step) if self.timetable else 0
             if self._last_change is not None:
                 found["mask_change"] = float(self._last_change)
-        if self.method.grow is not None:
-            found["ever_active"] = self._total("explored") / numel
+        if self.weights[0].companion("explored") is not None:
+            found["ever_active"] = (self._total("explored") + self.dense) / (numel + self.dense)
         return found
 
     # -- small steps -------------------------------------------------------------------------------------------------
@@ -372,10 +357,6 @@ class SparseTraining:
     def _sums(self, numbers: list[torch.Tensor]) -> torch.Tensor:
         """One number per weight, summed over the processes it is sharded over."""
         return sums(numbers, [weight.rows for weight in self.weights])
-
-    def _groups(self) -> list[dist.ProcessGroup]:
-        """The processes that weights are sharded over, in the same order everywhere."""
-        return list(dict.fromkeys(weight.rows.group for weight in self.weights if weight.rows is not None))
 
     def _total(self, what: str) -> int:
         return sum(self._totals(what))

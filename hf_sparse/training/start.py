@@ -3,6 +3,8 @@
 Everything that can be wrong with a config, a model or the two together is found here, before a weight is changed.
 """
 
+import logging
+
 import torch
 from torch import nn
 
@@ -17,11 +19,13 @@ from hf_sparse.training.sharding import local, rows_of, sums
 from hf_sparse.training.topology import masks_by_score, start_scores
 from hf_sparse.training.weight import Weight
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["choose_first_masks", "describe_zeros", "find_weights"]
 
 
-def find_weights(model: nn.Module, config: SparsityConfig) -> list[Weight]:
-    """The parameters that get masks, with what their zeros are to be at the end.
+def find_weights(model: nn.Module, config: SparsityConfig) -> tuple[list[Weight], int]:
+    """The parameters that get masks, with what their zeros are to be at the end; the size of the targets that get none.
 
     Raises:
         ValueError: targets that match nothing, a pattern that fits no weight, no zeros to keep, masks of another config,
@@ -43,10 +47,17 @@ def find_weights(model: nn.Module, config: SparsityConfig) -> list[Weight]:
         plan = {name: (Unstructured(), 0.0) for name in chosen}  # shape and amount are those of the zeros
     else:
         plan = {n: (p, s) for n, (p, s) in make_plan(model, config, targets, None).items() if s > 0}
+    head = _output_head(model)
     weights = []
     for name, (pattern, sparsity) in plan.items():
         owner, _, attribute = name.rpartition(".")
-        weights.append(Weight(targets[name], pattern, sparsity, model.get_submodule(owner), attribute))
+        module = model.get_submodule(owner)
+        weights.append(Weight(targets[name], pattern, sparsity, module, attribute, is_output=module is head))
+        if not weights[-1].parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is stored as {weights[-1].parameter.dtype} (quantized) and has no weights to mask; load the model in "
+                "bfloat16 or float32, or ignore it"
+            )
     if not weights:
         raise ValueError(f"sparsity {config.sparsity:g} leaves every target dense; nothing would be trained sparse")
     frozen = [weight.name for weight in weights if not weight.parameter.requires_grad]
@@ -54,9 +65,9 @@ def find_weights(model: nn.Module, config: SparsityConfig) -> list[Weight]:
         peft = " (PEFT froze it)" if frozen[0].startswith("base_model.") else ""
         raise ValueError(
             f"method {config.method!r} trains the masked weights, but {frozen[0]} is frozen{peft}; use 'static' or 'gmp', "
-            "which mask frozen weights too, or train all parameters"
+            "which mask frozen weights too, ignore what is frozen, or train all parameters"
         )
-    return weights
+    return weights, sum(target.numel for target in targets.values()) - sum(weight.numel for weight in weights)
 
 
 @torch.no_grad()
@@ -94,13 +105,26 @@ def describe_zeros(model: nn.Module, config: SparsityConfig, weights: list[Weigh
     for weight in weights:
         weight.sparsity = 1.0 - weight.kept / weight.numel
     config.sparsity = 1.0 - sum(weight.kept for weight in weights) / sum(weight.numel for weight in weights)
-    before = SparsityConfig.from_model_config(getattr(model, "config", None))
-    if before is None:
-        return
-    config.provenance = before.provenance
-    implied = parse(before.pattern).implied_sparsity
+    if config.sparsity < 0.01:
+        logger.warning(
+            "only %.3f%% of the masked weights are zero: is this a pruned model? A dense one has a zero here and there",
+            100 * config.sparsity,
+        )
+    before = (
+        getattr(getattr(model, "config", model), CONFIG_KEY, None) or {}
+    )  # not parsed: its saliency may be anybody's
+    config.provenance = before.get("provenance", {})
+    pattern = before.get("pattern", config.pattern)
+    implied = parse(pattern).implied_sparsity
     if implied is None or abs(config.sparsity - implied) < 1e-6:
-        config.pattern = before.pattern
+        config.pattern = pattern
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _dense_ones(model: nn.Module, targets: dict[str, Target]) -> set[str]:
@@ -113,7 +137,7 @@ def _dense_ones(model: nn.Module, targets: dict[str, Target]) -> set[str]:
 
 def _check_same_run(model: nn.Module, config: SparsityConfig) -> None:
     """A model that carries masks may go on with them, but not under another config."""
-    carried = getattr(getattr(model, "config", None), CONFIG_KEY, None)
+    carried = getattr(getattr(model, "config", model), CONFIG_KEY, None)
     if config.saliency == "zeros":
         return
     mine = {key: value for key, value in config.to_dict().items() if key != "provenance"}

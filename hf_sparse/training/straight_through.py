@@ -19,9 +19,7 @@ All functions take plain tensors of one weight in any layout and change nothing 
 
 import torch
 
-from hf_sparse.patterns import _drop_lowest, pruned_count
-
-__all__ = ["sr_ste_decay_", "top_kast_masks", "top_kast_penalty_"]
+__all__ = ["sr_ste_decay_", "top_kast_penalty_"]
 
 
 @torch.no_grad()
@@ -42,31 +40,6 @@ def sr_ste_decay_(gradient: torch.Tensor, dense: torch.Tensor, mask: torch.Tenso
     """
     _check_shapes(gradient=gradient, dense=dense, mask=mask)
     return gradient.add_(dense.to(gradient.dtype).masked_fill(mask.bool(), 0), alpha=decay)
-
-
-def top_kast_masks(
-    dense: torch.Tensor, forward_density: float, backward_density: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sets A and B: the largest ``forward_density`` and ``backward_density`` of |dense|, over the whole tensor.
-
-    Returns:
-        (forward mask, backward mask), boolean, like ``dense``; the forward mask is a subset of the backward mask, and
-        both have exact counts.
-
-    Raises:
-        ValueError: not 0 <= forward density <= backward density <= 1.
-    """
-    if not 0.0 <= forward_density <= backward_density <= 1.0:
-        raise ValueError(
-            "the backward pass updates the forward weights and more: 0 <= forward density <= backward density <= 1, got "
-            f"{forward_density} and {backward_density}"
-        )
-    size = dense.detach().float().abs().reshape(1, -1)
-    forward, backward = (
-        ~_drop_lowest(size, pruned_count(1 - density, size.numel())).reshape(dense.shape)
-        for density in (forward_density, backward_density)
-    )
-    return forward, backward
 
 
 @torch.no_grad()

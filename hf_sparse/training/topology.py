@@ -86,10 +86,7 @@ def move(
         fraction: share of the kept weights to exchange.
     """
     if method.pattern == "constant-fan-in":
-        return [
-            _move_fan_in(w, options, s, fraction, last=w is weights[-1])
-            for w, s in zip(weights, sparsities, strict=True)
-        ]
+        return [_move_fan_in(w, options, s, fraction) for w, s in zip(weights, sparsities, strict=True)]
     if method.grow == "topology":
         return [
             _move_by_topology(w, options, s, fraction, step, seed) for w, s in zip(weights, sparsities, strict=True)
@@ -130,11 +127,11 @@ def _grow_scores(weight: Weight, grow: str, step: int, seed: int) -> torch.Tenso
     return noise(values.shape, f"{seed}/{step}/grow/{weight.target.plain[0]}", values.device, weight.first_index())
 
 
-def _move_fan_in(weight: Weight, options: dict, sparsity: float, fraction: float, last: bool) -> torch.Tensor:
+def _move_fan_in(weight: Weight, options: dict, sparsity: float, fraction: float) -> torch.Tensor:
     target = weight.target
 
     def update(size, mask, gradient):
-        wanted = dict(density=1.0 - sparsity, gamma_sal=options["gamma_sal"], ablate=not last)
+        wanted = dict(density=1.0 - sparsity, gamma_sal=options["gamma_sal"], ablate=not weight.is_output)
         return constant_fan_in_update(size, mask, gradient, fraction, **wanted)
 
     whole = [target.matrix(weight.gather(part)) for part in (weight.values(), weight.mask, weight.gradient)]

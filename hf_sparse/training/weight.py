@@ -32,6 +32,7 @@ class Weight:
         target: its name and layout.
         pattern, sparsity: what the zeros look like and how many they are at the end of the schedule.
         module, attribute: where the parameter is.
+        is_output: its rows are the model's outputs, so no neuron of it may go.
         kept: how many weights are kept now, over all processes; exact, known without asking the device.
         gradient: the gradient of all its weights, put aside for the next update; local to this process.
     """
@@ -41,6 +42,7 @@ class Weight:
     sparsity: float
     module: nn.Module
     attribute: str
+    is_output: bool = False
     kept: int = 0
     gradient: torch.Tensor | None = None
     accumulating: "weakref.ref[torch.Tensor] | None" = None

@@ -82,7 +82,7 @@ def test_counts_are_exact_at_every_step(tiny_model, family, method):
     def watch(step):
         target = 0.75 if method != "sr-ste" else 0.5
         if initial is not None:
-            end = training._ramp_end
+            end = training.timetable.ramp.end
             last = step if step == END else step // EVERY * EVERY
             last = min(last, END)
             target = 0.75 + (initial - 0.75) * (1 - min(1.0, last / end)) ** 3
