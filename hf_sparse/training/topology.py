@@ -97,10 +97,12 @@ def move(
     masks: list[torch.Tensor | None] = [None] * len(weights)
     for group, members in _by_group(list(enumerate(weights))):
         chosen = [weights[i] for i in members]
-        keeps = [w.numel - pruned_count(sparsities[i], w.numel) for i, w in zip(members, chosen, strict=True)]
+        wanted = [w.numel - pruned_count(sparsities[i], w.numel) for i, w in zip(members, chosen, strict=True)]
         if options.get("scope") == "global":
-            keeps = _shares_of_global(chosen, [size[i] for i in members], sum(keeps), group)
-        drops = [max(0, w.kept - keep) + int(fraction * keep) for w, keep in zip(chosen, keeps, strict=True)]
+            keeps = _shares_of_global(chosen, [size[i] for i in members], sum(wanted), group)
+        else:  # never more than now: a ramp that begins anew in a second training revives nothing
+            keeps = [min(w.kept, keep) for w, keep in zip(chosen, wanted, strict=True)]
+        drops = [w.kept - keep + int(fraction * keep) for w, keep in zip(chosen, keeps, strict=True)]
         grow = None if method.grow is None else [_grow_scores(w, method.grow, step, seed) for w in chosen]
         new = drop_and_grow_all([w.mask for w in chosen], [size[i] for i in members], grow, drops, keeps, group)
         for i, mask in zip(members, new, strict=True):

@@ -47,7 +47,7 @@ def test_history_reporters_callbacks_and_printer_all_see_them(tiny_llama, tmp_pa
     for logs in (trainer.state.log_history, user.logs, reporter.logs):
         losses = [entry for entry in logs if "loss" in entry]
         assert len(losses) == 6 and all(KEYS - {"mask_change"} <= entry.keys() for entry in losses)
-        assert [entry["mask_updates"] for entry in losses] == [0, 1, 1, 2, 2, 3]
+        assert [entry["mask_updates"] for entry in losses] == [0, 1, 1, 2, 2, 2]
         assert all(entry["density"] == pytest.approx(0.25, abs=1e-3) for entry in losses)
         assert "mask_change" not in losses[0] and losses[1]["mask_change"] > 0
         explored = [entry["ever_active"] for entry in losses]
@@ -67,7 +67,7 @@ def test_tensorboard_receives_them(tiny_llama, tmp_path, monkeypatch):
     events = EventAccumulator(str(folder))
     events.Reload()
     assert {f"train/{key}" for key in KEYS} <= set(events.Tags()["scalars"])
-    assert [event.value for event in events.Scalars("train/mask_updates")] == [0, 1, 1, 2, 2, 3]
+    assert [event.value for event in events.Scalars("train/mask_updates")] == [0, 1, 1, 2, 2, 2]
 
 
 def test_an_evaluation_is_logged_without_them(tiny_llama, tmp_path):
