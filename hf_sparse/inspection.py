@@ -17,6 +17,7 @@ import torch
 from hf_sparse.config import CONFIG_KEY
 from hf_sparse.flops import active_share, macs_per_token
 from hf_sparse.formats.unpack import is_packed, unpack_tensor
+from hf_sparse.masks import training_companions
 from hf_sparse.patterns import NM, Pattern, parse
 from hf_sparse.pruning.measure import measure_parameter
 from hf_sparse.report import SparsityReport
@@ -41,6 +42,8 @@ def inspect_checkpoint(
     """
     directory = _local_directory(source)
     names = [(file, name) for file in _weight_files(directory, source) for name in _names(file)]
+    companions = training_companions({name for _, name in names})  # of a checkpoint in the middle of sparse training
+    names = [(file, name) for file, name in names if name not in companions]
     config = json.loads((directory / "config.json").read_text()) if (directory / "config.json").is_file() else {}
     recorded = config.get(CONFIG_KEY) or {}
     model, known = _skeleton(directory, trust_remote_code, recorded.get("targets"))
@@ -74,6 +77,9 @@ def inspect_checkpoint(
         total_parameters=total,
         macs_dense=macs_dense + macs_other,
         macs_sparse=macs_sparse + macs_other,
+        notes=["in the middle of sparse training: its masks lie beside the weights and are not counted"]
+        if companions
+        else [],
     )
 
 

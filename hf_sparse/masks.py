@@ -14,8 +14,9 @@ from torch import nn
 
 from hf_sparse.targets import Target
 
-__all__ = ["Masks"]
+__all__ = ["COMPANIONS", "Masks", "training_companions"]
 
+COMPANIONS = ("mask", "explored", "dense", "trained")  # what lies beside a weight in training, as <weight>_<companion>
 _SUFFIX = "_mask"
 
 
@@ -96,6 +97,11 @@ class Masks(dict[str, torch.Tensor]):
         """Fraction of weights kept, over all masks; 1 if there are none."""
         total = sum(mask.numel() for mask in self.values())
         return sum(int(mask.sum()) for mask in self.values()) / total if total else 1.0
+
+
+def training_companions(names: set[str]) -> set[str]:
+    """Those names of a checkpoint's tensors that lie beside a weight only while it is trained sparse."""
+    return {f"{name}_{what}" for name in names for what in COMPANIONS} & names
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -32,6 +32,7 @@ from hf_sparse.atomic import atomic_directory, atomic_write_text, require_free_s
 from hf_sparse.formats.pack import GROUP_SIZES, choose, pack_tensor
 from hf_sparse.formats.safetensors_stream import Entry, write_safetensors
 from hf_sparse.formats.unpack import FORMAT_VERSION, Header, PackedTensorError, check_packed, is_packed, unpack_tensor
+from hf_sparse.masks import training_companions
 
 __all__ = ["PackReport", "pack_checkpoint", "plan_checkpoint", "remote_code", "save_packed", "unpack_checkpoint"]
 
@@ -316,6 +317,11 @@ def _plan(src: Path, min_saving: float | None, config: dict) -> dict[str, list[_
                     except PackedTensorError as error:
                         raise PackedTensorError(f"{src / file}: tensor {name}: {error}") from None
                 plan[file].append(_Tensor(name, dtype, shape, tensor.numel() * tensor.element_size(), header))
+    if companions := training_companions({tensor.name for tensors in plan.values() for tensor in tensors}):
+        raise ValueError(
+            f"{src} is a checkpoint in the middle of sparse training: it holds {min(companions)} to resume. Save the trained "
+            "model (trainer.save_model, or from_pretrained and save_pretrained) and pack that"
+        )
     return plan
 
 

@@ -30,7 +30,7 @@ import torch
 
 from hf_sparse.patterns import _drop_lowest
 
-__all__ = ["link_scores", "relative_importance", "soft_drop", "soft_grow", "temperature"]
+__all__ = ["link_scores", "soft_drop", "soft_grow", "temperature"]
 
 
 def temperature(step: int, end: int, first: float = 1.0, last: float = 3.0) -> float:
@@ -70,16 +70,6 @@ def _through(links: torch.Tensor, rule: str) -> torch.Tensor:
     return term @ links
 
 
-def relative_importance(weight: torch.Tensor) -> torch.Tensor:
-    """|w| over the sum of its column plus |w| over the sum of its row, as an alternative to |w| in :func:`soft_drop`.
-
-    The sums add the authors' 1e-5 for every entry, so that an empty row is not divided by zero.
-    """
-    size = weight.detach().float().abs()
-    padded = size + 1e-5
-    return size / padded.sum(dim=0, keepdim=True) + size / padded.sum(dim=1, keepdim=True)
-
-
 @torch.no_grad()
 def soft_drop(
     importance: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor, *, drop: int, temperature: float
@@ -87,7 +77,7 @@ def soft_drop(
     """Keeps ``nnz - drop`` links, drawn with probability p ~ importance^temperature.
 
     Args:
-        importance: ``[out, in]`` >= 0: ``weight.abs()`` or :func:`relative_importance`.
+        importance: ``[out, in]`` >= 0, such as ``weight.abs()``.
         mask: boolean, the same shape, True = link.
         noise: uniform in (0, 1), the same shape.
         drop: how many links go.

@@ -8,8 +8,7 @@ instead did no better in the paper.
 from torch import nn
 
 from hf_sparse.config import CONFIG_KEY
-from hf_sparse.masks import Masks
-from hf_sparse.training.weight import COMPANIONS
+from hf_sparse.masks import COMPANIONS, Masks
 
 __all__ = ["densify"]
 

@@ -15,13 +15,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from hf_sparse.masks import COMPANIONS
 from hf_sparse.patterns import Pattern
 from hf_sparse.targets import Target
 from hf_sparse.training.sharding import Rows, cut, local, rows_of
 
-__all__ = ["COMPANIONS", "Weight"]
-
-COMPANIONS = ("mask", "explored", "dense", "trained")
+__all__ = ["Weight"]
 
 
 @dataclass

@@ -252,3 +252,22 @@ def test_numbers_are_there_after_finish(tiny_model):
     train(model, optimizer, range(3))
     training.finish()
     assert training.metrics()["density"] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_a_checkpoint_in_the_middle_of_training_is_inspected_and_not_packed(tiny_model, tmp_path):
+    from hf_sparse.formats.checkpoint import pack_checkpoint
+    from hf_sparse.inspection import inspect_checkpoint
+
+    model = tiny_model("llama")
+    training = sparsify(model, SparsityConfig(sparsity=0.75, method="rigl"))
+    model.save_pretrained(tmp_path / "middle")
+    training.finish()
+    model.save_pretrained(tmp_path / "end")
+    middle, end = (inspect_checkpoint(str(tmp_path / name)) for name in ("middle", "end"))
+    assert middle.total_parameters == end.total_parameters and middle.sparsity == end.sparsity
+    assert [entry.name for entry in middle.parameters] == [entry.name for entry in end.parameters]
+    assert "in the middle of sparse training" in middle.all_notes()[0] and not end.all_notes()
+    with pytest.raises(ValueError, match="in the middle of sparse training: it holds .*_explored"):
+        pack_checkpoint(tmp_path / "middle", tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    pack_checkpoint(tmp_path / "end", tmp_path / "packed")
