@@ -37,8 +37,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
     Adds to the Trainer's log: ``density``; ``mask_updates``, ``mask_change`` (share of the kept weights that the last update
     exchanged) where masks move, ``ever_active`` (share of weights kept at some time) where weights are grown; ``flops_spent``
     and ``flops_dense``, what training took so far, backward included, and what the dense model would have taken.
-    Under FSDP2 every process takes part in logging. With ``SHARDED_STATE_DICT`` the Trainer's ``save_model`` writes no plain
-    model, sparse or not; set ``FULL_STATE_DICT`` before it. A training that is interrupted leaves its masks in the model: ``callback.training.finish()`` before saving it.
+    Under FSDP2 every process takes part in logging; with ``SHARDED_STATE_DICT`` the Trainer's ``save_model`` writes no plain
+    model, sparse or not, so set ``FULL_STATE_DICT`` before it. A training that is interrupted leaves its masks in the model:
+    ``callback.training.finish()`` before saving it.
 
     Args:
         config: a :class:`hf_sparse.SparsityConfig` with a method, or a dict of its fields. None: the zeros that the model has
