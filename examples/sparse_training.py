@@ -135,11 +135,13 @@ def train(method: str, seed: int, arguments, device) -> dict:
         "flops": last.get("flops_spent"),
         "flops_share": last["flops_spent"] / last["flops_dense"] if "flops_spent" in last else 1.0,
         "seconds": seconds,
-        "curve": [
-            {"step": log["step"], "loss": log["eval_loss"], "flops": spent.get(log["step"])}
-            for log in logs
-            if "eval_loss" in log and log["step"] in spent
-        ],
+        "curve": list(  # one entry a step: the last one is evaluated twice
+            {
+                log["step"]: {"step": log["step"], "loss": log["eval_loss"], "flops": spent.get(log["step"])}
+                for log in logs
+                if "eval_loss" in log
+            }.values()
+        ),
     }
 
 

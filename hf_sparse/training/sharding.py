@@ -127,11 +127,10 @@ def sums(numbers: list[torch.Tensor], rows: list[Rows | None]) -> torch.Tensor:
     return total
 
 
-def all_agree(yes: "bool | torch.Tensor") -> bool:
-    """Whether every process says yes; alone, whether this one does."""
+def all_agree(yes: bool, device: torch.device) -> bool:
+    """Whether every process says yes; alone, whether this one does. ``device`` is one the processes can communicate on."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return bool(yes)
-    device = yes.device if isinstance(yes, torch.Tensor) else "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return yes
     votes = torch.tensor([int(yes)], device=device)
     dist.all_reduce(votes, dist.ReduceOp.MIN)
     return bool(votes)

@@ -295,10 +295,12 @@ class SparseTraining:
         """Whether every masked weight has a finite gradient of this step, on all processes; else the update waits."""
         gradients = [weight.gradient for weight in self.weights]
         missing = [w.name for w, g in zip(self.weights, gradients, strict=True) if g is None]
-        usable = all_agree(not missing)
+        device = self.weights[0].values().device
+        usable = all_agree(not missing, device)
         if usable:
             average([g for weight, g in zip(self.weights, gradients, strict=True) if weight.rows is None])
-            usable = all_agree(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+            finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+            usable = all_agree(bool(finite), device)
         self._failed = 0 if usable else self._failed + 1
         if self._failed > self.options["every"]:
             what = f"{missing[0]} has had no gradient" if missing else "gradients have not been finite"
