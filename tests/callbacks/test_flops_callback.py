@@ -201,7 +201,7 @@ def test_two_processes_share_one_budget(tmp_path):
     script = tmp_path / "train.py"
     here = Path(__file__)
     script.write_text(
-        f"import sys; sys.path[:0] = [{str(here.parents[1])!r}, {str(here.parents[2])!r}, {str(here.parent)!r}]\n"
+        f"import os, pathlib, sys; sys.path[:0] = [{str(here.parents[1])!r}, {str(here.parents[2])!r}, {str(here.parent)!r}]\n"
         "from conftest import build_tiny_model\n"
         "from test_flops_callback import FlopsCallback, step_cost, trainer_of\n"
         "model = build_tiny_model('llama')\n"
@@ -209,10 +209,11 @@ def test_two_processes_share_one_budget(tmp_path):
         f"trainer = trainer_of(model, {str(tmp_path / 'out')!r}, FlopsCallback(13 * cost), ddp_backend='gloo', "
         "logging_steps=4)\n"
         "trainer.train()\n"
-        "print('RESULT', trainer.state.global_step, trainer.state.log_history[-1]['flops'] / cost, flush=True)\n"
+        "result = f\"{trainer.state.global_step} {trainer.state.log_history[-1]['flops'] / cost}\"\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'rank' + os.environ['RANK']).write_text(result)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    results = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    results = [path.read_text().split() for path in tmp_path.glob("rank*")]  # two ranks share one standard output
     assert len(results) == 2, done.stderr[-3000:]
     assert all(int(steps) == 7 and float(spent) == pytest.approx(14) for steps, spent in results)
