@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_sparse.config import CONFIG_KEY
 from hf_sparse.masks import COMPANIONS, Masks
+from hf_sparse.training.sharding import whole
 
 __all__ = ["densify"]
 
@@ -38,8 +39,7 @@ def densify(model: nn.Module) -> int:
         )
     revived = 0
     for name, mask in masks.items():
-        whole = mask.full_tensor() if hasattr(mask, "full_tensor") else mask
-        revived += whole.numel() - int(whole.sum())
+        revived += mask.numel() - int(whole(mask).sum())
         owner, _, attribute = name.rpartition(".")
         for what in COMPANIONS:
             model.get_submodule(owner)._buffers.pop(f"{attribute}_{what}", None)

@@ -37,8 +37,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_supported(model: nn.Module) -> None:
-    """Raises:
-    ValueError: the model is wrapped in a way that hides its weights, or cut along another dimension than the first.
+    """Refuses a model whose weights cannot be masked where they are.
+
+    Raises:
+        ValueError: it is wrapped in a way that hides its weights, or cut along another dimension than the first.
     """
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":

@@ -110,9 +110,8 @@ def describe_zeros(model: nn.Module, config: SparsityConfig, weights: list[Weigh
             "only %.3f%% of the masked weights are zero: is this a pruned model? A dense one has a zero here and there",
             100 * config.sparsity,
         )
-    before = (
-        getattr(getattr(model, "config", model), CONFIG_KEY, None) or {}
-    )  # not parsed: its saliency may be anybody's
+    # not parsed: its saliency may be a callable that only its author has
+    before = getattr(getattr(model, "config", model), CONFIG_KEY, None) or {}
     config.provenance = before.get("provenance", {})
     pattern = before.get("pattern", config.pattern)
     implied = parse(pattern).implied_sparsity

@@ -24,18 +24,18 @@ def initial_share(config: SparsityConfig) -> float:
 
 @dataclass
 class Timetable:
-    """Attributes:
-    updates: the steps of updates.
-    ramp: the share of the final sparsity over steps, or None.
-    exchange: the share of the kept weights that an update exchanges, or None.
-    last: no weight is grown after this step, for it would have no step to learn in.
-    done: updates made, those before a resume included; None until the first question.
+    """When masks change and by how much; made by :meth:`of`.
+
+    Attributes:
+        updates: the steps of updates.
+        ramp: the share of the final sparsity over steps, or None.
+        exchange: the share of the kept weights that an update exchanges, or None.
+        done: updates made, those before a resume included; None until the first question.
     """
 
     updates: Updates
     ramp: Schedule | None = None
     exchange: Schedule | None = None
-    last: int | None = None
     done: int | None = None
 
     @classmethod
@@ -50,11 +50,15 @@ class Timetable:
             return None
         every = options["every"]
         begin, end = (as_step(options[name], total_steps, name) for name in ("begin", "end"))
+        if method.grow is not None and total_steps is not None and end == total_steps:
+            end -= 1  # a weight grown after the last step would have none to learn in
         if end <= begin:
             raise ValueError(f"the schedule of {config.method!r} ends at step {end}, before it begins at step {begin}")
         ramp = exchange = None
         if "ramp" in options:
             top = as_step(options.get("ramp_end", options["end"]), total_steps, "ramp_end")
+            if top == total_steps:
+                top = min(top, end)
             if top > end:
                 raise ValueError(
                     f"the sparsity would rise until step {top}, but masks are updated until step {end} only"
@@ -76,14 +80,13 @@ class Timetable:
         if "drop_fraction" in options:
             shape = SCHEDULES[options["anneal"]]
             exchange = shape(options["drop_fraction"], options.get("final_drop_fraction", 0.0), begin, end)
-        last = None if method.grow is None or total_steps is None else total_steps - 1
-        return cls(Updates(every, begin, end, closing=ramp is not None), ramp, exchange, last)
+        return cls(Updates(every, begin, end, closing=ramp is not None), ramp, exchange)
 
     def pending(self, step: int) -> bool:
         """Whether an update is to be made after optimizer step ``step``."""
         if self.done is None:
             self.done = self.updates.count(step - 1)
-        return self.updates.count(step) > self.done and (self.last is None or step <= self.last)
+        return self.updates.count(step) > self.done
 
     def made(self, step: int) -> None:
         """Notes that the updates due until ``step`` were made."""

@@ -271,3 +271,14 @@ def test_a_checkpoint_in_the_middle_of_training_is_inspected_and_not_packed(tiny
         pack_checkpoint(tmp_path / "middle", tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
     pack_checkpoint(tmp_path / "end", tmp_path / "packed")
+
+
+@pytest.mark.parametrize("ramp_end", [0.7, 1.0])
+def test_a_ramp_that_also_grows_reaches_the_sparsity_before_the_last_step(ramp_end, tiny_model):
+    model = tiny_model("llama").train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = {"every": 10, "ramp_end": ramp_end}  # the updates are due after 10 steps and at the end
+    config = SparsityConfig(sparsity=0.75, method="granet", allocation="uniform", schedule=schedule)
+    training = sparsify(model, config, optimizer, total_steps=16)
+    train(model, optimizer, range(16))
+    assert training.metrics()["density"] == pytest.approx(0.25, abs=1e-3)
