@@ -50,15 +50,14 @@ class Timetable:
             return None
         every = options["every"]
         begin, end = (as_step(options[name], total_steps, name) for name in ("begin", "end"))
-        if method.grow is not None and total_steps is not None and end == total_steps:
-            end -= 1  # a weight grown after the last step would have none to learn in
         if end <= begin:
             raise ValueError(f"the schedule of {config.method!r} ends at step {end}, before it begins at step {begin}")
+        until = end
+        if method.grow is not None and total_steps is not None:
+            until = min(end, total_steps - 1)  # a weight grown after the last step would have none to learn in
         ramp = exchange = None
         if "ramp" in options:
             top = as_step(options.get("ramp_end", options["end"]), total_steps, "ramp_end")
-            if top == total_steps:
-                top = min(top, end)
             if top > end:
                 raise ValueError(
                     f"the sparsity would rise until step {top}, but masks are updated until step {end} only"
@@ -72,7 +71,7 @@ class Timetable:
                     f"the sparsity rises from step {begin} to {top}, and every={every} leaves one update for all of it; give a "
                     f"smaller every, at most {(top - begin) // 2}"
                 )
-            ramp = SCHEDULES[options["ramp"]](initial_share(config), 1.0, begin, top)
+            ramp = SCHEDULES[options["ramp"]](initial_share(config), 1.0, begin, min(top, until))
         elif end - begin < every:
             raise ValueError(
                 f"no mask would ever be updated: the schedule runs from step {begin} to {end}, and every={every} is longer"
@@ -80,7 +79,7 @@ class Timetable:
         if "drop_fraction" in options:
             shape = SCHEDULES[options["anneal"]]
             exchange = shape(options["drop_fraction"], options.get("final_drop_fraction", 0.0), begin, end)
-        return cls(Updates(every, begin, end, closing=ramp is not None), ramp, exchange)
+        return cls(Updates(every, begin, max(begin, until), closing=ramp is not None), ramp, exchange)
 
     def pending(self, step: int) -> bool:
         """Whether an update is to be made after optimizer step ``step``."""
