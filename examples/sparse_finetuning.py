@@ -100,7 +100,8 @@ def main() -> None:
     content = json.loads(output.read_text()) if output.is_file() else {"protocol": protocol, "results": {}}
     if content["protocol"] != protocol:
         sys.exit(f"{output} holds results of another protocol; give another --output")
-    content |= {"command": " ".join(["python", *sys.argv]), "hardware": device_name(device), "versions": versions()}
+    words = ["python", "examples/sparse_finetuning.py", *(Path(word).name for word in sys.argv[1:])]
+    content |= {"command": " ".join(words), "hardware": device_name(device), "versions": versions()}
 
     dense = load_model(arguments.model, dtype="float32").to(device)
     pruned = copy.deepcopy(dense)

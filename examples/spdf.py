@@ -37,7 +37,7 @@ VARIANTS = {
     "static75": ("static", 0.75),
     "rigl75": ("rigl", 0.75),
 }
-ABLATION = ("static75", "rigl75")  # fine-tuned with their zeros kept too
+ABLATION = ("static50", "static75", "rigl75")  # fine-tuned with their zeros kept too
 STAGES = ("data", "pretrain", "finetune", "score", "all")
 SHAPE = {"n_layer": 12, "n_embd": 768, "n_head": 12}  # GPT-2 Small
 DECODING = {"beams": 10, "length_penalty": 0.9, "no_repeat": 4, "new_tokens": 64}  # as in the LoRA paper
