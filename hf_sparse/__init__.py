@@ -28,12 +28,14 @@ _EXPORTS = {
     "load_tokenizer": "hf_sparse.loading",
     "measure": "hf_sparse.pruning.measure",
     "pack_checkpoint": "hf_sparse.formats",
+    "pack_for_inference": "hf_sparse.runtime.pack",
     "parse_pattern": "hf_sparse.patterns",
     "perplexity": "hf_sparse.evaluation",
     "prune": "hf_sparse.pruning.prune",
     "repair": "hf_sparse.pruning.repair",
     "save_packed": "hf_sparse.formats",
     "sparsify": "hf_sparse.training.sparse_training",
+    "unpack": "hf_sparse.runtime.pack",
     "unpack_checkpoint": "hf_sparse.formats",
 }
 _RENAMED = {"parse_pattern": "parse"}

@@ -1,4 +1,4 @@
-"""The command line: prune, inspect, eval, pack, unpack.
+"""The command line: prune, inspect, eval, bench, pack, unpack, export.
 
 Each command is one function that takes the parsed arguments and returns a dict; ``--json`` prints that dict as the only
 thing on standard output, otherwise a table is shown. Progress goes to standard error. Anything wrong with the arguments is
@@ -14,6 +14,11 @@ import shlex
 import sys
 
 from hf_sparse import commands
+from hf_sparse.commands.bench import run_bench
+from hf_sparse.commands.export import run_export
+from hf_sparse.commands.measure import run_eval, run_inspect
+from hf_sparse.commands.pack import run_pack, run_unpack
+from hf_sparse.commands.prune import run_prune
 
 __all__ = ["main"]
 
@@ -80,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     prune = _command(
         subparsers,
         "prune",
-        commands.run_prune,
+        run_prune,
         "prune a model in one shot",
         "hf-sparse prune HuggingFaceTB/SmolLM2-135M-Instruct --sparsity 0.5 --saliency sparsegpt "
         "--calibration wikitext.txt --samples 128 --sequence-length 2048 --output smollm2-50",
@@ -146,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _command(
         subparsers,
         "inspect",
-        commands.run_inspect,
+        run_inspect,
         "measure a checkpoint's sparsity, whoever made it",
         "hf-sparse inspect smollm2-50 --json",
     )
@@ -157,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(
         subparsers,
         "eval",
-        commands.run_eval,
+        run_eval,
         "perplexity and lm-eval tasks",
         "hf-sparse eval smollm2-50 --text wikitext_test.txt --sequence-length 2048",
     )
@@ -175,10 +180,38 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; default: cpu")
     _model_flags(evaluate)
 
+    bench = _command(
+        subparsers,
+        "bench",
+        run_bench,
+        "measure how much faster a model runs packed",
+        "hf-sparse bench smollm2-70 --new-tokens 64 --output bench.json --plot bench.png",
+    )
+    bench.add_argument("path", metavar="PATH", help="Hub id, directory or .gguf file of a model with zeros")
+    bench.add_argument(
+        "--runtime",
+        default="auto",
+        metavar="R",
+        help="auto (default): packed layers where they measure faster; packed: all that get smaller; int8",
+    )
+    bench.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="sequences decoded together; default %(default)s"
+    )
+    bench.add_argument("--prompt", type=int, default=128, metavar="N", help="tokens of the prompt; default %(default)s")
+    bench.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens decoded; default %(default)s")
+    bench.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="repetitions, dense and packed in turn; default %(default)s"
+    )
+    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: what torch takes")
+    bench.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; default: cpu")
+    bench.add_argument("--output", metavar="FILE", help="write the result as JSON")
+    bench.add_argument("--plot", metavar="FILE", help="time by kind of layer as an image")
+    _model_flags(bench)
+
     pack = _command(
         subparsers,
         "pack",
-        commands.run_pack,
+        run_pack,
         "make a checkpoint's files smaller",
         "hf-sparse pack smollm2-50 --output smollm2-50-packed",
     )
@@ -196,13 +229,28 @@ def _parser() -> argparse.ArgumentParser:
     unpack = _command(
         subparsers,
         "unpack",
-        commands.run_unpack,
+        run_unpack,
         "make a packed checkpoint dense",
         "hf-sparse unpack packed --output out",
     )
     unpack.add_argument("path", metavar="DIR", help="a packed checkpoint")
     unpack.add_argument("--output", required=True, metavar="DIR")
     unpack.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+
+    export = _command(
+        subparsers,
+        "export",
+        run_export,
+        "write a sparse model in the format of another runtime",
+        "hf-sparse export smollm2-50 --to gguf --output smollm2-50.gguf --option dtype=f16",
+    )
+    export.add_argument("path", metavar="PATH", nargs="?", help="a checkpoint directory, dense with zeros or packed")
+    export.add_argument("--to", metavar="TARGET", help="the format; --list shows them")
+    export.add_argument("--output", metavar="OUT", help="the file or directory to write")
+    export.add_argument("--option", action="append", metavar="K=V", help="an option of the target, e.g. dtype=f16")
+    export.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    export.add_argument("--no-verify", action="store_true", help="do not load the output to compare it with the source")
+    export.add_argument("--list", action="store_true", help="the targets, and what their runtimes do with zeros")
     return parser
 
 

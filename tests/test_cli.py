@@ -97,7 +97,7 @@ def test_packed_output_config_file_and_overrides(tiny_model_dir, calibration_fil
 def test_flags_over_a_config_file_leave_the_rest_of_it(tmp_path):
     """What the file says holds unless a flag says otherwise; what it leaves open follows the flags."""
     from hf_sparse.cli import _parser
-    from hf_sparse.commands import _config
+    from hf_sparse.commands.prune import _config
 
     file = tmp_path / "config.yaml"
 

@@ -1,20 +1,15 @@
-"""What each command of ``hf-sparse`` does: a function from parsed arguments to a dict, the one that ``--json`` prints.
+"""``hf-sparse prune``."""
 
-All that can be wrong with the arguments is checked before a model is loaded; heavy modules are imported after that.
-"""
-
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run_eval", "run_inspect", "run_pack", "run_prune", "run_unpack"]
+from hf_sparse import commands
+from hf_sparse.commands import PLOT_FILE, REPORT_FILE
 
-REPORT_FILE = "sparsity_report.json"
-PLOT_FILE = "sparsity_report.png"
-OUTPUT = None  # where tables go; set by hf_sparse.cli.main
+__all__ = ["run_prune"]
 
 
 def run_prune(arguments) -> dict[str, Any]:
@@ -35,7 +30,7 @@ def run_prune(arguments) -> dict[str, Any]:
         )
     if arguments.calibration is not None:
         check_source(arguments.calibration)
-    _check_device(arguments.device)
+    commands.check_device(arguments.device)
     _check_shard_size(arguments.max_shard_size)
     # progress is always kept for runs that take long, so that --resume has something to continue
     where = Path(os.path.abspath(output))
@@ -86,95 +81,10 @@ def run_prune(arguments) -> dict[str, Any]:
         write_card(staging, report, plot=PLOT_FILE if plotted else None)
     if arguments.progress_dir:
         shutil.rmtree(arguments.progress_dir, ignore_errors=True)
-    result = {"output": str(output), "file_bytes": _weight_bytes(output)} | report.to_dict()
+    result = {"output": str(output), "file_bytes": commands.weight_bytes(output)} | report.to_dict()
     if not arguments.json:
-        _show_report(report, output)
+        commands.show_report(report, output)
     return result
-
-
-def run_inspect(arguments) -> dict[str, Any]:
-    from hf_sparse.inspection import inspect_checkpoint
-
-    _check_parent(arguments.plot)
-    report = inspect_checkpoint(arguments.path, arguments.trust_remote_code)
-    if arguments.plot:
-        report.plot(arguments.plot)
-    if not arguments.json:
-        _show_report(report, None)
-    path = Path(arguments.path)
-    return {"file_bytes": _weight_bytes(path) if path.is_dir() else None} | report.to_dict()
-
-
-def run_eval(arguments) -> dict[str, Any]:
-    from hf_sparse.data import check_source, load_tokens
-
-    if not arguments.text and not arguments.tasks:
-        raise ValueError("give --text FILE for perplexity, --tasks NAMES for lm-eval tasks, or both")
-    if arguments.text:
-        check_source(arguments.text)
-        if not Path(arguments.text).is_file():
-            raise FileNotFoundError(f"no such file: {arguments.text}")
-    _check_parent(arguments.output)
-    _check_device(arguments.device)
-
-    from hf_sparse.evaluation import perplexity
-    from hf_sparse.instruments import progress_bar, versions
-    from hf_sparse.loading import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(arguments.path, arguments.trust_remote_code)
-    model = load_model(arguments.path, arguments.dtype, arguments.trust_remote_code)
-    if arguments.device:
-        model.to(arguments.device)
-    result: dict[str, Any] = {"model": arguments.path}
-    if arguments.text:
-        tokens = load_tokens(arguments.text, tokenizer)
-        windows = max(1, len(tokens) // max(1, arguments.sequence_length))
-        windows = windows if arguments.max_windows is None else min(windows, arguments.max_windows)
-        with progress_bar(not arguments.json, "perplexity", windows) as step:
-            result |= perplexity(
-                model,
-                tokens,
-                arguments.sequence_length,
-                arguments.max_windows,
-                on_window=lambda done, total: step(""),
-            )
-        result |= {"text": Path(arguments.text).name, "sequence_length": arguments.sequence_length}
-    if arguments.tasks:
-        from hf_sparse.integrations.lm_eval import evaluate_tasks
-
-        result["tasks"] = evaluate_tasks(
-            model,
-            tokenizer,
-            arguments.tasks.split(","),
-            arguments.task_path,
-            arguments.num_fewshot,
-            arguments.limit,
-            arguments.batch_size,
-            arguments.apply_chat_template,
-        )
-    result["versions"] = versions()
-    if arguments.output:
-        from hf_sparse.atomic import atomic_write_text
-
-        atomic_write_text(arguments.output, json.dumps(result, indent=1, default=str) + "\n")
-    if not arguments.json:
-        _show_evaluation(result)
-    return result
-
-
-def run_pack(arguments) -> dict[str, Any]:
-    from hf_sparse.formats import pack_checkpoint
-
-    report = pack_checkpoint(
-        arguments.path, arguments.output, min_saving=arguments.min_saving, overwrite=arguments.overwrite
-    )
-    return _show_packing(report, arguments)
-
-
-def run_unpack(arguments) -> dict[str, Any]:
-    from hf_sparse.formats import unpack_checkpoint
-
-    return _show_packing(unpack_checkpoint(arguments.path, arguments.output, overwrite=arguments.overwrite), arguments)
 
 
 def _config(arguments):
@@ -211,23 +121,6 @@ def _config(arguments):
     return SparsityConfig.from_dict(content)
 
 
-def _check_device(device: str | None) -> None:
-    if device is None:
-        return
-    import torch
-
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device here; use --device cpu")
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices here"
-        )
-
-
 def _check_shard_size(size: str | None) -> None:
     if size is None:
         return
@@ -237,12 +130,6 @@ def _check_shard_size(size: str | None) -> None:
         split_torch_state_dict_into_shards({}, max_shard_size=size)  # its parser has no public name
     except ValueError as error:
         raise ValueError(f"--max-shard-size {size!r} is no size, such as 5GB or 500MB: {error}") from error
-
-
-def _check_parent(file: str | None) -> None:
-    """A result is written after the work; that there is a place for it is known before."""
-    if file and not Path(file).absolute().parent.is_dir():
-        raise FileNotFoundError(f"no such directory for {file}: {Path(file).absolute().parent}")
 
 
 def _save_model(model, tokenizer, directory: Path, arguments) -> None:
@@ -265,58 +152,3 @@ def _plot(report, path: Path) -> bool:
     except ModuleNotFoundError:
         return False  # the plot is an extra; the numbers are in the JSON
     return True
-
-
-def _weight_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-
-def _console():
-    from rich.console import Console
-
-    # the stream that was standard output before main() sent what libraries print elsewhere; a path may hold [brackets]
-    return Console(file=OUTPUT or sys.stdout, markup=False)
-
-
-def _show_report(report, output: Path | None) -> None:
-    console = _console()
-    console.print(report.table())
-    console.print(
-        f"{report.model}: {report.sparsity:.2%} of {sum(p.numel for p in report.parameters) / 1e6:.1f} M weights are zero "
-        f"({report.total_parameters / 1e6:.1f} M parameters in all); "
-        f"{report.macs_sparse / 1e9:.4g} of {report.macs_dense / 1e9:.4g} GMACs per token; "
-        f"{'runs as 2:4' if report.parameters and all(p.two_four for p in report.parameters) else 'not 2:4'}"
-    )
-    for note in report.all_notes():
-        console.print(f"note: {note}")
-    if output is not None:
-        spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.timings.items())
-        console.print(
-            f"{report.seconds:.1f} s ({spent}), peak memory {report.peak_memory_bytes / 2**30:.2f} GiB, {report.device}"
-        )
-        console.print(
-            f"saved {output} ({_weight_bytes(output) / 1e6:.1f} MB of weights), with {REPORT_FILE} and a model card"
-        )
-
-
-def _show_evaluation(result: dict[str, Any]) -> None:
-    console = _console()
-    if "perplexity" in result:
-        console.print(f"perplexity {result['perplexity']:.4f}  ({result['text']}: {result['protocol']})")
-    for task, metrics in result.get("tasks", {}).get("results", {}).items():
-        shown = ", ".join(
-            f"{key.split(',')[0]} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)
-        )
-        console.print(f"{task}: {shown}")
-
-
-def _show_packing(report, arguments) -> dict[str, Any]:
-    if not arguments.json:
-        _console().print(f"saved {arguments.output}: {report}")
-    return {
-        "output": arguments.output,
-        "dense_bytes": report.dense_bytes,
-        "packed_bytes": report.packed_bytes,
-        "ratio": report.ratio,
-        "packed_tensors": {name: str(header) for name, header in report.tensors.items()},
-    }

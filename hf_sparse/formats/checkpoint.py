@@ -127,6 +127,7 @@ def pack_checkpoint(
             "base_model_type": config["model_type"],
             "auto_map": {"AutoConfig": f"{Path(REMOTE_CODE).stem}.{CONFIG_CLASS}"},
             "quantization_config": {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION},
+            "sparse_runtime": None,  # so that from_pretrained(..., sparse_runtime=...) reaches the config of any class
         }
         if "auto_map" in config:
             packed["base_auto_map"] = config["auto_map"]
@@ -219,7 +220,7 @@ def base_config(config: dict) -> dict:
     """
     if "base_model_type" not in config:
         raise ValueError("a packed config.json names its architecture in base_model_type; this one does not")
-    base = {key: value for key, value in config.items() if key != "quantization_config"}
+    base = {key: value for key, value in config.items() if key not in ("quantization_config", "sparse_runtime")}
     base["model_type"] = base.pop("base_model_type")
     base.pop("auto_map", None)
     if "base_auto_map" in base:

@@ -2,6 +2,9 @@
 
 A packed config.json says ``model_type: hf_sparse`` so that a loader without our code stops. With our code this class
 answers to that name, and gives back the config of ``base_model_type``, so that the Auto classes build the stock model.
+
+``from_pretrained(..., sparse_runtime="auto")`` arrives here as well: transformers sets a keyword that the config has an
+attribute for, so the config has one until the model is built.
 """
 
 import copy
@@ -9,6 +12,8 @@ import copy
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_sparse.formats.unpack import FORMAT_VERSION
+
+RUNTIME_KEY = "sparse_runtime"
 
 
 def check_format_version(version: int) -> None:
@@ -45,4 +50,5 @@ class HfSparseConfig(PreTrainedConfig):
         stock.pop("auto_map", None)
         if "base_auto_map" in stock:
             stock["auto_map"] = stock.pop("base_auto_map")
+        stock.setdefault(RUNTIME_KEY, None)
         return CONFIG_MAPPING[base].from_dict(stock, **kwargs)

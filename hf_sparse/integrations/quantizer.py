@@ -10,8 +10,13 @@ no op of the family takes goes through a catch-all converter (source pattern ``^
 
 Once loaded, nothing of us remains: the quantization config goes (``dequantize`` is how transformers calls that) and our
 op leaves ``model._weight_conversions``, so the model is a stock, trainable one that saves stock dense checkpoints.
+
+With ``from_pretrained(..., sparse_runtime="auto")`` (or ``packed``, ``int8``) the weights of plain linear layers never
+become dense: the op lets their packed bytes pass, and once all is loaded each layer is repacked in the layout its kernel
+takes (``runtime.load``), a few rows at a time.
 """
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -27,7 +32,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_sparse.formats.unpack import FORMAT_VERSION, PackedTensorError, check_packed, is_packed, unpack_tensor
-from hf_sparse.integrations.packed_config import check_format_version
+from hf_sparse.integrations.packed_config import RUNTIME_KEY, check_format_version
 
 EVERY_NAME = "^"  # a regular expression that matches at the start of any name and changes nothing
 
@@ -49,10 +54,16 @@ class HfSparseQuantizationConfig(QuantizationConfigMixin):
 class UnpackWeight(ConversionOps):
     """Packed tensors become dense; others pass. ``dtype`` is set by the quantizer to what the parameter shall have."""
 
-    def __init__(self):
+    def __init__(self, kept: frozenset[str] = frozenset()):
         self.dtype: torch.dtype | None = None
+        self.kept = kept  # parameters that stay packed
 
     def convert(self, input_dict, source_patterns=None, target_patterns=None, *, full_layer_name=None, **kwargs):
+        if full_layer_name in self.kept and EVERY_NAME in input_dict:
+            tensors = input_dict[EVERY_NAME]
+            packed = tensors[0] if isinstance(tensors, list) else tensors
+            if is_packed(packed):
+                return {full_layer_name: packed}
         dense = {name: self._dense(tensors) for name, tensors in input_dict.items()}
         if EVERY_NAME in dense:
             return {full_layer_name: dense[EVERY_NAME]}
@@ -79,6 +90,8 @@ class HfSparseQuantizer(HfQuantizer):
     """Reads packed checkpoints into stock models."""
 
     requires_calibration = False
+    kept: frozenset[str] = frozenset()
+    runtime: str | None = None
 
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized:
@@ -92,9 +105,15 @@ class HfSparseQuantizer(HfQuantizer):
             if str(file).endswith(".safetensors"):
                 verify_file(file)
         # A stock class called directly (LlamaForCausalLM.from_pretrained) read the packed config.json as its own.
+        self.runtime = getattr(model.config, RUNTIME_KEY, None)
         for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
             restore_stock_config(config)
+        if self.runtime is not None:
+            self.kept = frozenset(_runtime(self.runtime).linear_weights(model))
         return model
+
+    def param_needs_quantization(self, model, param_name, **kwargs) -> bool:
+        return param_name in self.kept  # its packed bytes do not have the shape of the parameter
 
     def get_new_dtype(self, converter, param, dtype):
         """The dtype a checkpoint tensor is cast to as it is read; None leaves it. Packed bytes must not be cast, so the
@@ -108,7 +127,7 @@ class HfSparseQuantizer(HfQuantizer):
         for conversion in weight_conversions:
             if isinstance(conversion, WeightConverter):
                 conversion.operations = [UnpackWeight(), *conversion.operations]
-        return [*weight_conversions, WeightConverter(EVERY_NAME, "", [UnpackWeight()])]
+        return [*weight_conversions, WeightConverter(EVERY_NAME, "", [UnpackWeight(self.kept)])]
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         kept = []
@@ -121,6 +140,8 @@ class HfSparseQuantizer(HfQuantizer):
             kept.append(conversion)
         if hasattr(model, "_weight_conversions"):
             model._weight_conversions = kept
+        if self.runtime is not None:
+            _runtime(self.runtime).to_packed_layers(model, sorted(self.kept), self.runtime)
         return model
 
     def is_serializable(self):
@@ -135,9 +156,21 @@ class HfSparseQuantizer(HfQuantizer):
         return True
 
 
+def _runtime(name: str):
+    """The module that builds packed layers. Not an import statement: where a repository's copy of this file is used,
+    transformers would take it for a package that has to be installed, and only ``sparse_runtime`` needs it."""
+    try:
+        module = importlib.import_module("hf_sparse.runtime.load")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"sparse_runtime={name!r} needs hf_sparse: pip install hf-sparse") from error
+    module.check_runtime(name)
+    return module
+
+
 def restore_stock_config(config) -> None:
     """Take the packed checkpoint's own keys out of a stock config object."""
     fields = vars(config)
+    fields.pop(RUNTIME_KEY, None)
     if fields.pop("base_model_type", None) is None:
         return
     fields.pop("model_type", None)  # "hf_sparse" on the instance hid that of the class

@@ -47,8 +47,9 @@ def test_package_data_is_the_tree():
     """A template that no pattern matches would be missing from the wheel, and a pattern without a file is a leftover."""
     packaged, on_disk = set(), set()
     for package, patterns in SETUPTOOLS["package-data"].items():
+        folder = ROOT / SETUPTOOLS["package-dir"].get(package, package.replace(".", "/"))
         for pattern in patterns:
-            matched = set((ROOT / SETUPTOOLS["package-dir"][package]).glob(pattern))
+            matched = set(folder.glob(pattern))
             assert matched, f"{package}: no file matches {pattern}"
             packaged |= matched
     for folder in SETUPTOOLS["package-dir"].values():

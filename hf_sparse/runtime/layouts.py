@@ -1,0 +1,57 @@
+"""The layouts that a weight can be packed in for inference.
+
+A layout is a module of plain functions; there is one for each way to store the nonzeros that a kernel multiplies with:
+
+    unavailable(device)                       why it cannot run there, or None
+    supports(dtype)                           whether weights of this dtype can be packed
+    pack_tiles(tiles, shape, dtype)           dense row tiles -> {name: tensor}, without a whole dense weight
+    unpack(tensors, shape, dtype)             back, bit for bit (int8: to the rounded weights)
+    check(tensors, shape, dtype)              ValueError for any tensors that a kernel must not be given
+    nbytes(tensors)                           bytes in memory
+    prepare(tensors, shape, dtype, bias)      -> f(x [tokens, in]) -> [tokens, out], what the layer calls
+    linear(x, tensors, shape, dtype, bias)    the same in one call, for torch.compile
+
+| layout        | device | weights               | what it is                                                         |
+|---------------|--------|-----------------------|--------------------------------------------------------------------|
+| `panels`      | CPU    | bfloat16, float32     | a bit an entry and the nonzeros, in panels of 16 rows               |
+| `panels-int8` | CPU    | int8, a scale a row   | the same, activations rounded to 8 bits as well                     |
+| `delta`       | CUDA   | bfloat16, float16     | gaps of 4 bits between the nonzeros of a row: 1 to 4 tokens         |
+| `paired`      | CUDA   | bfloat16, float16     | pairs of weights for tensor cores: up to 16 tokens, half as compact |
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+
+__all__ = ["LAYOUTS", "layout_module", "layouts_for"]
+
+LAYOUTS = {  # name -> (device type, module)
+    "panels": ("cpu", "hf_sparse.runtime.cpu.panels"),
+    "panels-int8": ("cpu", "hf_sparse.runtime.cpu.panels_int8"),
+    "delta": ("cuda", "hf_sparse.runtime.gpu.delta"),
+    "paired": ("cuda", "hf_sparse.runtime.gpu.paired"),
+}
+
+
+def layout_module(name: str) -> ModuleType:
+    """The functions of a layout.
+
+    Raises:
+        ValueError: no layout has this name.
+    """
+    if name not in LAYOUTS:
+        raise ValueError(f"no layout is called {name!r}; there are {', '.join(LAYOUTS)}")
+    return importlib.import_module(LAYOUTS[name][1])
+
+
+def layouts_for(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The exact layouts that run on a device for weights of a dtype, the most compact first."""
+    return [
+        name
+        for name, (device_type, _) in LAYOUTS.items()
+        if device_type == device.type
+        and not name.endswith("int8")
+        and layout_module(name).supports(dtype)
+        and layout_module(name).unavailable(device) is None
+    ]
