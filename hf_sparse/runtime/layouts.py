@@ -15,22 +15,33 @@ A layout is a module of plain functions; there is one for each way to store the 
 |---------------|--------|-----------------------|--------------------------------------------------------------------|
 | `panels`      | CPU    | bfloat16, float32     | a bit an entry and the nonzeros, in panels of 16 rows               |
 | `panels-int8` | CPU    | int8, a scale a row   | the same, activations rounded to 8 bits as well                     |
-| `delta`       | CUDA   | bfloat16, float16     | gaps of 4 bits between the nonzeros of a row: 1 to 4 tokens         |
+| `delta`       | CUDA   | bfloat16, float16     | gaps of 4 bits between the nonzeros of a row, for 1 or 2 tokens     |
 | `paired`      | CUDA   | bfloat16, float16     | pairs of weights for tensor cores: up to 16 tokens, half as compact |
 """
 
 import importlib
+import math
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["LAYOUTS", "layout_module", "layouts_for"]
+__all__ = ["LAYOUTS", "Layout", "layout_module", "layouts_for"]
 
-LAYOUTS = {  # name -> (device type, module)
-    "panels": ("cpu", "hf_sparse.runtime.cpu.panels"),
-    "panels-int8": ("cpu", "hf_sparse.runtime.cpu.panels_int8"),
-    "delta": ("cuda", "hf_sparse.runtime.gpu.delta"),
-    "paired": ("cuda", "hf_sparse.runtime.gpu.paired"),
+
+class Layout(NamedTuple):
+    """The device it runs on, its module, and up to how many tokens it is meant for."""
+
+    device: str
+    module: str
+    tokens: float = math.inf
+
+
+LAYOUTS = {
+    "panels": Layout("cpu", "hf_sparse.runtime.cpu.panels"),
+    "panels-int8": Layout("cpu", "hf_sparse.runtime.cpu.panels_int8"),
+    "delta": Layout("cuda", "hf_sparse.runtime.gpu.delta", 2),
+    "paired": Layout("cuda", "hf_sparse.runtime.gpu.paired"),
 }
 
 
@@ -42,16 +53,17 @@ def layout_module(name: str) -> ModuleType:
     """
     if name not in LAYOUTS:
         raise ValueError(f"no layout is called {name!r}; there are {', '.join(LAYOUTS)}")
-    return importlib.import_module(LAYOUTS[name][1])
+    return importlib.import_module(LAYOUTS[name].module)
 
 
-def layouts_for(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The exact layouts that run on a device for weights of a dtype, the most compact first."""
-    return [
+def layouts_for(device: torch.device, dtype: torch.dtype, tokens: int = 1) -> list[str]:
+    """The exact layouts that run on a device for weights of a dtype; first the one meant for so many tokens a call."""
+    found = [
         name
-        for name, (device_type, _) in LAYOUTS.items()
-        if device_type == device.type
+        for name, layout in LAYOUTS.items()
+        if layout.device == device.type
         and not name.endswith("int8")
         and layout_module(name).supports(dtype)
         and layout_module(name).unavailable(device) is None
     ]
+    return sorted(found, key=lambda name: LAYOUTS[name].tokens < tokens)

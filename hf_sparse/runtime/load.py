@@ -20,7 +20,7 @@ from hf_sparse.runtime.pack import (
     put_in_place,
     stream_dense_rows,
 )
-from hf_sparse.runtime.packed_linear import row_tiles_of
+from hf_sparse.runtime.packed_linear import positive_zeros, row_tiles_of
 
 __all__ = ["check_runtime", "linear_weights", "to_packed_layers"]
 
@@ -47,7 +47,7 @@ def to_packed_layers(model: nn.Module, names: list[str], runtime: str, batch_siz
         if choice.layout == "dense":
             stock.weight = nn.Parameter(unpack_tensor(packed, dtype, verify=False))
         else:
-            tiles = row_tiles(packed, dtype)
+            tiles = positive_zeros(row_tiles(packed, dtype))
             if transposed:  # its rows are our columns: this one weight has to be dense for a moment
                 tiles = row_tiles_of(unpack_tensor(packed, dtype, verify=False).t())
             layer = packed_layer(choice, tiles, shape, dtype, stock, arena)

@@ -180,7 +180,7 @@ def choose_layout(
     if runtime == "int8":
         reason = layout_module("panels-int8").unavailable(device)
         return choice("dense", reason) if reason else choice("panels-int8", "asked for")
-    layouts = layouts_for(device, dtype)
+    layouts = layouts_for(device, dtype, batch_size)
     if not layouts:
         return choice("dense", f"no kernel for {str(dtype).removeprefix('torch.')} on {device.type}")
     if density * dtype.itemsize + 1 / 8 > (1 - MIN_SAVING) * dtype.itemsize:

@@ -12,7 +12,7 @@ The forward pass calls the kernel directly; under ``torch.compile``, or where a 
 asked for (adapters on top of a packed model), it goes through the operator of ``ops``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -20,15 +20,21 @@ from torch import nn
 from hf_sparse.runtime import ops
 from hf_sparse.runtime.layouts import LAYOUTS, layout_module, layouts_for
 
-__all__ = ["PackedLinear", "row_tiles_of"]
+__all__ = ["PackedLinear", "positive_zeros", "row_tiles_of"]
 
 TILE_ROWS = 1024  # of a dense weight that is packed tile by tile; a multiple of every layout's panel
 
 
 def row_tiles_of(weight: torch.Tensor, rows: int = TILE_ROWS) -> Iterator[torch.Tensor]:
-    """The rows of a dense matrix in tiles, contiguous each."""
-    for top in range(0, max(1, len(weight)), rows):
-        yield weight[top : top + rows].contiguous()
+    """The rows of a dense matrix in tiles, contiguous each, to be packed."""
+    return positive_zeros(weight[top : top + rows].contiguous() for top in range(0, max(1, len(weight)), rows))
+
+
+def positive_zeros(tiles: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same tiles with -0.0 as 0.0. A layout keeps every bit pattern but that of 0.0, and half of the zeros of a weight
+    that was masked by multiplication (``weight *= mask``) are negative: kept, they would take as much as weights."""
+    for tile in tiles:
+        yield tile.masked_fill(tile == 0, 0)
 
 
 class PackedLinear(nn.Module):
@@ -110,7 +116,7 @@ class PackedLinear(nn.Module):
         bias = None if self.bias is None else fn(self.bias.data)
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
-        if like.dtype == self.dtype and like.device.type == LAYOUTS[self.layout][0]:
+        if like.dtype == self.dtype and like.device.type == LAYOUTS[self.layout].device:
             for name, tensor in self.tensors.items():  # moved, never cast: scales and gaps have dtypes of their own
                 self._buffers[name] = tensor.to(like.device)
             self._call = None

@@ -12,4 +12,4 @@ def plain_layout(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     for name in list(layouts.LAYOUTS):
         monkeypatch.delitem(layouts.LAYOUTS, name)
-    monkeypatch.setitem(layouts.LAYOUTS, "plain", ("cpu", "plain_layout"))
+    monkeypatch.setitem(layouts.LAYOUTS, "plain", layouts.Layout("cpu", "plain_layout"))

@@ -80,6 +80,17 @@ def test_the_report_counts_bytes_and_says_why_a_layer_stays(sparse_model):
     assert "13 of 14 linear layers packed (13 plain)" in str(report) and "1 dense: too few zeros" in str(report)
 
 
+def test_negative_zeros_take_no_space(sparse_model):
+    model = sparse_model()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    kept = int((weight != 0).sum())
+    with torch.no_grad():
+        weight.masked_fill_(weight == 0, -0.0)  # what weight *= mask leaves of negative weights
+    layer = pack_for_inference(model, "packed").layers["model.layers.0.mlp.up_proj"]
+    assert layer.bytes == 8 * kept
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
+
+
 def test_auto_packs_what_measured_faster_and_remembers(monkeypatch, tmp_path, sparse_model):
     monkeypatch.setenv("HF_SPARSE_CACHE", str(tmp_path))
     monkeypatch.setattr(choose, "COLD_BYTES", {"cpu": 1 << 20})

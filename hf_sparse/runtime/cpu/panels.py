@@ -1,7 +1,7 @@
 """The layout ``panels``: exact bitmask panels for the CPU. ``layout.py`` has the bytes, ``multiply.py`` the products.
 
-    pack(weight) -> {"values", "masks", "offsets"}          unpack(tensors, shape, dtype) -> weight, bit for bit
-    prepare(tensors, shape, dtype, bias)(x) -> y            linear(x, tensors, shape, dtype, bias) -> y
+pack(weight) -> {"values", "masks", "offsets"}          unpack(tensors, shape, dtype) -> weight, bit for bit
+prepare(tensors, shape, dtype, bias)(x) -> y            linear(x, tensors, shape, dtype, bias) -> y
 """
 
 import torch
@@ -44,9 +44,7 @@ def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         ValueError: it is no matrix of a dtype that ``supports``.
     """
     if weight.dim() != 2 or not supports(weight.dtype):
-        raise ValueError(
-            f"panels hold float32, bfloat16 or float16 matrices, got {weight.dtype} {list(weight.shape)}"
-        )
+        raise ValueError(f"panels hold float32, bfloat16 or float16 matrices, got {weight.dtype} {list(weight.shape)}")
     return pack_tiles([weight], tuple(weight.shape), weight.dtype)
 
 
