@@ -192,7 +192,7 @@ ONNX = Exporter(
     what="A directory with model.onnx: one graph for prefill and decode with a key-value cache, weights dense with zeros.",
     zeros="onnxruntime multiplies the zeros like any other number: no gain in time or memory (it turns sparse initializers "
     "into dense ones on loading). DeepSparse 1.8, no longer maintained, skips them in float32 on x86 CPUs.",
-    checked="2026-11-23: onnxruntime 1.32.0 (its PR 5540, issue 31730); DeepSparse 1.8.0 ran opset 14 to 18, IR version 9 at "
+    checked="2026-11-23, onnxruntime 1.32.0 (its PR 5540, issue 31730); DeepSparse 1.8.0 ran opset 14 to 18, IR version 9 at "
     "most",
     write=write_onnx,
     check=check_onnx,

@@ -48,9 +48,16 @@ _HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 def check_openvino(source: Source, *, dtype: str, sparse_rate: float) -> None:
     check_causal_lm(source)
-    read_dtype(source, dtype)
+    dtype = read_dtype(source, dtype)
     if not 0 <= sparse_rate <= 1:
         raise ValueError(f"sparse_rate is a fraction of zeros from 0 to 1 (1: off), got {sparse_rate}")
+    if dtype != "float32":
+        from transformers.exporters import OpenVINOExporter
+
+        if not hasattr(OpenVINOExporter, "export_program"):  # came with the right conversion of 16-bit models
+            raise ValueError(
+                f"transformers before 5.23 converts {dtype} models wrongly; choose dtype float32, or upgrade it"
+            )
 
 
 def write_openvino(source: Source, output: Path, *, dtype: str = "auto", sparse_rate: float = 0.5) -> dict:
@@ -73,7 +80,7 @@ def write_openvino(source: Source, output: Path, *, dtype: str = "auto", sparse_
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exporter, config = OpenVINOExporter(), OpenVINOConfig(dynamic=True, stateful=True)
-            # 5.20 calls it export and returns the graph; later versions return what they recorded beside it.
+            # Before 5.23 it is export and returns the graph; since then, what was recorded comes with it.
             convert = getattr(exporter, "export_program", exporter.export)
             graph = convert(model, inputs | {"past_key_values": DynamicCache(pairs)}, config)
     finally:
@@ -135,7 +142,7 @@ OPENVINO = Exporter(
     what="A directory with OpenVINO IR: one graph for prefill and decode, keys and values as state, weights dense with zeros.",
     zeros="OpenVINO multiplies the zeros like any other number, except int8 weights with int8 activations on CPUs with AMX, "
     "which it can keep packed (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE, set in openvino_properties.json).",
-    checked="2026-11-23: OpenVINO 2026.4.1; measured without AMX: no difference; fullyconnected.cpp of its CPU plugin",
+    checked="2026-11-23, OpenVINO 2026.4.1; measured without AMX: no difference; fullyconnected.cpp of its CPU plugin",
     write=write_openvino,
     check=check_openvino,
     verify=verify_openvino,

@@ -100,7 +100,7 @@ VLLM = Exporter(
     what="A stock Hugging Face directory, dense with zeros, that vLLM serves like any other.",
     zeros="vLLM multiplies the zeros like any other number: the same speed and memory as the dense model. Its 2:4 kernels "
     "were removed in March 2026 (PR 36799), unstructured sparsity was never in it.",
-    checked="2026-11-23: vLLM 0.33.0, its code read (config.py, weight_utils.py, compressed_tensors.py); PR 36799, issue 11563",
+    checked="2026-11-23, vLLM 0.33.0, its code read (config.py, weight_utils.py, compressed_tensors.py); PR 36799, issue 11563",
     write=write_vllm,
     check=check_vllm,
     verify=verify_vllm,
