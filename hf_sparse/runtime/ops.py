@@ -13,24 +13,32 @@ from hf_sparse.runtime.layouts import layout_module
 
 __all__ = ["packed_linear"]
 
-
-@torch.library.custom_op("hf_sparse::packed_linear", mutates_args=())
-def packed_linear(
-    x: torch.Tensor,
-    tensors: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    layout: str,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """``y = x W^T + b`` with ``W`` packed in ``layout``; see ``PackedLinear``."""
-    module, shape = layout_module(layout), (out_features, in_features)
-    y = module.linear(x.reshape(-1, in_features), dict(zip(module.NAMES, tensors, strict=True)), shape, dtype, bias)
-    return y.reshape(*x.shape[:-1], out_features)
+NAME = "hf_sparse::packed_linear"
+# Not torch.library.custom_op: its checks cost more than the multiplication of a small layer.
+torch.library.define(
+    NAME,
+    "(Tensor x, Tensor[] tensors, Tensor? bias, str layout, int out_features, int in_features, ScalarType dtype) -> Tensor",
+)
 
 
-@packed_linear.register_fake
+@torch.library.impl(NAME, ("cpu", "cuda"))
+def _run(x, tensors, bias, layout, out_features, in_features, dtype):
+    call = _prepared(tensors, bias, layout, (out_features, in_features), dtype)
+    return call(x.reshape(-1, in_features)).view(*x.shape[:-1], out_features)
+
+
+def _prepared(tensors, bias, layout, shape, dtype):
+    """The prepared call of these very tensors, kept with the first of them: compiled code has no layer to keep it in."""
+    key = [None if bias is None else bias.data_ptr(), *(tensor.data_ptr() for tensor in tensors)]
+    kept = getattr(tensors[0], "_hf_sparse_call", None)
+    if kept is None or kept[0] != key:
+        module = layout_module(layout)
+        kept = key, module.prepare(dict(zip(module.NAMES, tensors, strict=True)), shape, dtype, bias)
+        tensors[0]._hf_sparse_call = kept
+    return kept[1]
+
+
+@torch.library.register_fake(NAME)
 def _(x, tensors, bias, layout, out_features, in_features, dtype):
     return x.new_empty(*x.shape[:-1], out_features)
 
@@ -48,4 +56,6 @@ def _backward(ctx, gradient):
     return gradient @ weight.to(gradient.dtype), [None] * len(tensors), of_bias, None, None, None, None
 
 
-packed_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+torch.library.register_autograd(NAME, _backward, setup_context=_keep_for_backward)
+
+packed_linear = torch.ops.hf_sparse.packed_linear.default

@@ -1,0 +1,97 @@
+"""The fastest of a few configurations of a kernel, measured once and remembered for this kind of device.
+
+While a model decodes, every weight comes from memory, because all the others passed through the cache since. The measurement
+copies that: a CUDA graph for each candidate goes round among so many copies of the weight that they exceed the last-level
+cache, the graphs take turns, and medians count. What it found lies in ``gpu_kernels.json`` of the cache directory, by device
+and by the kernels' sources. The choice changes nothing of what a kernel computes but the order of its float32 sums.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from hf_sparse.atomic import atomic_write_text
+from hf_sparse.runtime.cache import cache_directory
+
+__all__ = ["fastest"]
+
+ROUNDS = 7
+WORTH_IT = 1 << 20  # bytes: smaller weights take what is listed first
+MOST_COPIES = 64
+_known: dict[str, dict] = {}
+
+
+def fastest(
+    key: str, candidates: list[dict], trials: Callable[[int], list[list[Callable]]], nbytes: int, device: torch.device
+) -> dict:
+    """One of ``candidates``; the first where there is nothing to measure or no way to (while a graph is being captured).
+
+    Args:
+        key: what the choice depends on, besides the device and the kernels' sources.
+        trials: number of copies -> for each candidate a call on each copy.
+        nbytes: size of one.
+    """
+    if len(candidates) == 1 or nbytes < WORTH_IT:
+        return candidates[0]
+    key = f"{torch.cuda.get_device_name(device)} {_sources()} {key}"
+    file = cache_directory() / "gpu_kernels.json"
+    if key not in _known:
+        _known.update(_read(file))
+    if _known.get(key) not in candidates:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        cold = 4 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+        try:
+            times = _measure(trials(min(MOST_COPIES, 2 + cold // nbytes)), device)
+        except torch.cuda.OutOfMemoryError:
+            return candidates[0]
+        _known[key] = candidates[min(range(len(candidates)), key=times.__getitem__)]
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(file, json.dumps(_read(file) | {key: _known[key]}, indent=1) + "\n")
+        except OSError:
+            pass  # a read-only home: measured again next time
+    return _known[key]
+
+
+def _measure(calls: list[list[Callable]], device: torch.device) -> list[float]:
+    """Milliseconds of each list of calls."""
+    graphs, times = [], [[] for _ in calls]
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        for candidate in calls:
+            candidate[0]()  # loads the kernel
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            for call in candidate:
+                call()
+            graph.capture_end()
+            graphs.append(graph)
+        for round in range(ROUNDS + 1):  # the first one warms up
+            for graph, spent in zip(graphs, times, strict=True):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                if round:
+                    spent.append(begin.elapsed_time(end))
+    return [median(spent) for spent in times]
+
+
+@functools.cache
+def _sources() -> str:
+    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.cu*"))]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:8]
+
+
+def _read(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
