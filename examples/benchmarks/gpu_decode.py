@@ -12,11 +12,13 @@ are compared: they differ where two logits are closer than the rounding of bfloa
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from _gpu_tiny import show_sizes
 from torch import nn
 
 from hf_sparse import pack_for_inference
@@ -192,8 +194,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 8], help="batches; the later ones at 70%% only")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="sizes of the layouts only; no GPU, seconds")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.tiny:
+        return show_sizes()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU: hf-sparse bench runs anywhere")
     results = []
@@ -212,7 +217,13 @@ def main() -> None:
                 flush=True,
             )
     if arguments.output:
-        about = dict(device=device_name(torch.device("cuda")), versions=versions(), layers=arguments.layers)
+        words = [Path(word).name for word in sys.argv[1:]]
+        about = dict(
+            command=" ".join(["python", "examples/benchmarks/gpu_decode.py", *words]),
+            device=device_name(torch.device("cuda")),
+            versions=versions(),
+            layers=arguments.layers,
+        )
         arguments.output.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
 
 

@@ -19,11 +19,13 @@ The picture shows the better of the two layouts.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from _gpu_tiny import show_sizes
 
 from hf_sparse.instruments import device_name, versions
 from hf_sparse.runtime.bench import read_bandwidth
@@ -213,9 +215,12 @@ def plot(results: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes at 70%%, without prompts")
+    parser.add_argument("--tiny", action="store_true", help="sizes of the layouts only; no GPU, seconds")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--plot", type=Path, help="where the picture goes")
     arguments = parser.parse_args()
+    if arguments.tiny:
+        return show_sizes()
     if reason := delta.unavailable(torch.device("cuda")):
         raise SystemExit(f"the GPU kernels cannot run here: {reason}")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -228,7 +233,11 @@ def main() -> None:
             results += measure(name, shape, sparsities, (1, 2, 4, 8, 16), bandwidth, not arguments.quick)
             print(f"{name} done", flush=True)
             if arguments.output:
-                about = dict(device=device_name(device), bandwidth_gb_per_s=bandwidth / 1e9, versions=versions())
+                words = [Path(word).name for word in sys.argv[1:]]
+                command = " ".join(["python", "examples/benchmarks/gpu_layers.py", *words])
+                about = dict(
+                    command=command, device=device_name(device), bandwidth_gb_per_s=bandwidth / 1e9, versions=versions()
+                )
                 lines = ",\n".join(json.dumps(rounded(result)) for result in results)
                 arguments.output.write_text(json.dumps(about)[:-1] + f', "results": [\n{lines}\n]}}\n')
     print(table(results))
