@@ -11,12 +11,12 @@ A layout is a module of plain functions; there is one for each way to store the 
     prepare(tensors, shape, dtype, bias)      -> f(x [tokens, in]) -> [tokens, out], what the layer calls
     linear(x, tensors, shape, dtype, bias)    the same in one call, for torch.compile
 
-| layout        | device | weights               | what it is                                                         |
-|---------------|--------|-----------------------|--------------------------------------------------------------------|
-| `panels`      | CPU    | bfloat16, float32     | a bit an entry and the nonzeros, in panels of 16 rows               |
+| layout        | device | weights               | what it is                                                          |
+|---------------|--------|-----------------------|---------------------------------------------------------------------|
+| `panels`      | CPU    | bfloat16, float16, -32 | a bit an entry and the nonzeros, in panels of 16 rows              |
 | `panels-int8` | CPU    | int8, a scale a row   | the same, activations rounded to 8 bits as well                     |
 | `delta`       | CUDA   | bfloat16, float16     | gaps of 4 bits between the nonzeros of a row, for 1 or 2 tokens     |
-| `paired`      | CUDA   | bfloat16, float16     | pairs of weights for tensor cores: up to 16 tokens, half as compact |
+| `paired`      | CUDA   | bfloat16, float16     | bits and nonzeros in the order of tensor cores, for up to 16 tokens |
 """
 
 import importlib
