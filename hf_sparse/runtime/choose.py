@@ -9,21 +9,19 @@ measurement copies that: it goes round among so many copies of the weight that t
 candidates take turns. The quickest round counts: what else the machine does can only add, and the choice is kept for long.
 """
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from hf_sparse.atomic import atomic_write_text
 from hf_sparse.instruments import device_name, versions
-from hf_sparse.runtime.cache import cache_directory
+from hf_sparse.runtime.cache import recall, remember
 from hf_sparse.runtime.cpu.dense import prepare_dense
 from hf_sparse.runtime.layouts import layout_module
 
 __all__ = ["fastest"]
 
+TIMES = "times.json"
 ROUNDS = 7
 COLD_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # more than the last-level caches of today
 MAX_COPIES = 256
@@ -46,16 +44,10 @@ def fastest(
         [device_name(device), f"torch-{installed['torch']}", f"hf-sparse-{installed['hf-sparse']}"]
         + [f"{shape[0]}x{shape[1]}", str(dtype).removeprefix("torch."), f"density-{density}", f"tokens-{batch_size}"]
     )
-    file = cache_directory() / "times.json"
-    known = _read(file)
-    times = known.get(key, {})
+    times = recall(TIMES).get(key, {})
     if set(times) != set(candidates):
         times = measure(shape, dtype, density, device, batch_size, candidates)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(file, json.dumps(_read(file) | {key: times}, indent=1) + "\n")
-        except OSError:
-            pass  # a read-only home: the measurement is repeated next time
+        remember(TIMES, key, times)
     return times
 
 
@@ -128,11 +120,3 @@ def _on_cuda(run: Callable[[], None]) -> Callable[[], float]:
 
     sweep.keep = run  # a graph knows addresses only: the weights it reads have to live as long
     return sweep
-
-
-def _read(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}

@@ -8,6 +8,8 @@ streams the rows does. The layer is an ``nn.Linear`` with the very same paramete
 import torch
 from torch import nn
 
+from hf_sparse.runtime.ops import version_of
+
 __all__ = ["DenseLinear"]
 
 MOST_TOKENS = 8
@@ -33,7 +35,7 @@ class DenseLinear(nn.Linear):
         ):
             return super().forward(x)
         bias = self.bias
-        key = weight.data_ptr(), weight.dtype, None if bias is None else (bias.data_ptr(), bias._version)
+        key = weight.data_ptr(), weight.dtype, None if bias is None else bias.data_ptr(), version_of(bias)
         if key != self._prepared_for:  # moved, cast or tied to another tensor since the last call
             from hf_sparse.runtime.cpu.dense import prepare_dense
 

@@ -11,7 +11,7 @@ import torch
 
 from hf_sparse.runtime.layouts import layout_module
 
-__all__ = ["packed_linear"]
+__all__ = ["packed_linear", "version_of"]
 
 NAME = "hf_sparse::packed_linear"
 # Not torch.library.custom_op: its checks cost more than the multiplication of a small layer.
@@ -27,9 +27,14 @@ def _run(x, tensors, bias, layout, out_features, in_features, dtype):
     return call(x.reshape(-1, in_features)).view(*x.shape[:-1], out_features)
 
 
+def version_of(tensor: torch.Tensor | None) -> int | None:
+    """A number that changes when the tensor is written to; None where torch does not count (inference mode)."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
 def _prepared(tensors, bias, layout, shape, dtype):
     """The prepared call of these very tensors, kept with the first of them: compiled code has no layer to keep it in."""
-    key = [None if bias is None else bias.data_ptr(), *(tensor.data_ptr() for tensor in tensors)]
+    key = [None if bias is None else bias.data_ptr(), version_of(bias), *(tensor.data_ptr() for tensor in tensors)]
     kept = getattr(tensors[0], "_hf_sparse_call", None)
     if kept is None or kept[0] != key:
         module = layout_module(layout)

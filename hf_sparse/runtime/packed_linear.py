@@ -19,6 +19,7 @@ from torch import nn
 
 from hf_sparse.runtime import ops
 from hf_sparse.runtime.layouts import LAYOUTS, layout_module, layouts_for
+from hf_sparse.runtime.ops import version_of
 
 __all__ = ["PackedLinear", "positive_zeros", "row_tiles_of"]
 
@@ -57,7 +58,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.dtype, self.transposed = dtype, transposed
         self.register_parameter("bias", bias)
-        self.layout = None
+        self.layout = self._bias_version = None
         self._set(layout, tensors)
 
     @property
@@ -81,12 +82,15 @@ class PackedLinear(nn.Module):
         return dense.t().contiguous() if self.transposed else dense
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        bias = self.bias
+        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if learns or torch.compiler.is_compiling():
             return ops.packed_linear(
                 x, list(self.tensors.values()), self.bias, self.layout, self.out_features, self.in_features, self.dtype
             )
-        if self._call is None:
-            self._call = layout_module(self.layout).prepare(self.tensors, self.shape, self.dtype, self.bias)
+        if self._call is None or (bias is not None and self._bias_version != version_of(bias)):
+            self._bias_version = version_of(bias)  # a prepared call may hold a copy of the bias
+            self._call = layout_module(self.layout).prepare(self.tensors, self.shape, self.dtype, bias)
         if x.dim() == 2:
             return self._call(x)
         return self._call(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)

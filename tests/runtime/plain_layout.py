@@ -47,4 +47,5 @@ def linear(x, tensors, shape, dtype, bias):
 
 
 def prepare(tensors, shape, dtype, bias):
+    bias = None if bias is None else bias.detach().clone()  # as kernels that add it in float32 do
     return lambda x: linear(x, tensors, shape, dtype, bias)

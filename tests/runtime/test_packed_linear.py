@@ -97,6 +97,22 @@ def test_gradients_reach_the_input_and_the_bias():
     )
 
 
+def test_a_bias_that_learned_is_the_one_that_is_added():
+    layer = stock()
+    packed = packed_of(copy.deepcopy(layer))
+    x = torch.randn(2, 40)
+    for module in (layer, packed):
+        with torch.no_grad():
+            module(x)  # prepares the call
+        module(x).square().sum().backward()  # x asks for no gradient, the bias does
+        with torch.no_grad():
+            module.bias.sub_(module.bias.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), layer(x))
+    with torch.inference_mode():
+        assert packed_of(stock())(x).shape == (2, 24)
+
+
 def test_compiled_equals_eager_without_a_graph_break():
     packed = packed_of(stock())
     x = torch.randn(2, 40)

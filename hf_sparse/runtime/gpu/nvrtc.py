@@ -6,7 +6,7 @@ brings ``libcuda``. So:
 
     source text --NVRTC--> cubin (machine code for one architecture) --driver--> function --driver--> launch
 
-``build`` does the first two steps; the cubin is kept on disk (``hf_sparse.runtime.choose.cache_directory``) under a hash of
+``build`` does the first two steps; the cubin is kept on disk (``hf_sparse.runtime.cache.cache_directory``) under a hash of
 source, options, architecture and compiler version, so that a kernel is compiled once per machine (half a second each). Sources
 use no CUDA header: 16-bit floats travel as raw bits, special instructions as inline PTX.
 

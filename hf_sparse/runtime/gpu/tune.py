@@ -8,21 +8,20 @@ and by the kernels' sources. The choice changes nothing of what a kernel compute
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from hf_sparse.atomic import atomic_write_text
-from hf_sparse.runtime.cache import cache_directory
+from hf_sparse.runtime.cache import recall, remember
 
 __all__ = ["fastest"]
 
 ROUNDS = 7
 WORTH_IT = 1 << 20  # bytes: smaller weights take what is listed first
 MOST_COPIES = 64
+CHOICES = "gpu_kernels.json"
 _known: dict[str, dict] = {}
 
 
@@ -39,9 +38,8 @@ def fastest(
     if len(candidates) == 1 or nbytes < WORTH_IT:
         return candidates[0]
     key = f"{torch.cuda.get_device_name(device)} {_sources()} {key}"
-    file = cache_directory() / "gpu_kernels.json"
     if key not in _known:
-        _known.update(_read(file))
+        _known.update(recall(CHOICES))
     if _known.get(key) not in candidates:
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]
@@ -51,11 +49,7 @@ def fastest(
         except torch.cuda.OutOfMemoryError:
             return candidates[0]
         _known[key] = candidates[min(range(len(candidates)), key=times.__getitem__)]
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(file, json.dumps(_read(file) | {key: _known[key]}, indent=1) + "\n")
-        except OSError:
-            pass  # a read-only home: measured again next time
+        remember(CHOICES, key, _known[key])
     return _known[key]
 
 
@@ -87,11 +81,3 @@ def _measure(calls: list[list[Callable]], device: torch.device) -> list[float]:
 def _sources() -> str:
     texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.cu*"))]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:8]
-
-
-def _read(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}
