@@ -7,7 +7,8 @@ import torch
 
 from hf_sparse import SparsityConfig, prune
 from hf_sparse.cli import main
-from hf_sparse.runtime.bench import Pair, benchmark, read_bandwidth
+from hf_sparse.runtime.bench import benchmark, read_bandwidth
+from hf_sparse.runtime.bench_report import Pair
 from hf_sparse.runtime.packed_linear import PackedLinear
 
 pytestmark = pytest.mark.usefixtures("plain_layout")
