@@ -5,12 +5,14 @@
 
 Random weights (speed does not depend on them), bfloat16, a cache of keys and values of fixed length, one CUDA graph a step:
 what a serving loop runs. The decoder is written out below with as few kernels as plain torch allows, so that what is left
-beside the linear layers (norms, rotary embedding, attention, the dense output layer) is small and equal for both. The linear
-layers are replaced by ``pack_for_inference``; dense and packed steps take turns and medians count. The greedy tokens of both
-are compared: they differ where two logits are closer than the rounding of bfloat16 sums.
+beside the linear layers (norms, rotary embedding, attention, the dense output layer) is small and equal for both, and
+``torch.compile`` fuses it in both (``--eager`` measures without it as well). The linear layers are replaced by
+``pack_for_inference``; dense and packed steps take turns and medians count. The greedy tokens of both are compared: they
+differ where two logits are closer than the rounding of bfloat16 sums.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,7 +30,7 @@ LLAMA_8B = dict(hidden=4096, inner=14336, heads=32, kv_heads=8, vocabulary=12825
 
 
 class Block(nn.Module):
-    """A Llama decoder layer for one step: x [batch, 1, hidden] with a cache [2, batch, kv heads, length, 128]."""
+    """A Llama decoder layer for one step: x [batch, 1, hidden] with keys and values [batch, kv heads, length, 128]."""
 
     def __init__(self, hidden, inner, heads, kv_heads):
         super().__init__()
@@ -45,25 +47,30 @@ class Block(nn.Module):
             setattr(self, name, nn.Linear(columns, rows, bias=False))
         self.norms = nn.Parameter(torch.ones(2, hidden))
 
-    def forward(self, x, cache, position, rotation, mask):
+    def forward(self, x, keys, values, position, rotation, mask):
         batch, hidden = x.shape[0], x.shape[-1]
         normed = F.rms_norm(x, (hidden,), self.norms[0], 1e-5)
         both = torch.cat([self.q_proj(normed), self.k_proj(normed)], -1).view(batch, -1, self.size)
         query, key = rotate(both, rotation).split([self.heads, self.kv_heads], 1)
-        cache[0].index_copy_(2, position, key[:, :, None])
-        cache[1].index_copy_(2, position, self.v_proj(normed).view(batch, self.kv_heads, 1, self.size))
+        keys.index_copy_(2, position, key[:, :, None])
+        values.index_copy_(2, position, self.v_proj(normed).view(batch, self.kv_heads, 1, self.size))
         # query heads that share keys are queries of one head: no copy of the cache for each of them
         grouped = query.reshape(batch, self.kv_heads, -1, self.size)
-        attended = F.scaled_dot_product_attention(grouped, cache[0], cache[1], attn_mask=mask)
+        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         x = x + self.o_proj(attended.reshape(batch, 1, hidden))
         normed = F.rms_norm(x, (hidden,), self.norms[1], 1e-5)
         return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
 
 
 def rotate(x, rotation):
-    """Rotary embedding of x [batch, heads, size] by one complex multiplication with rotation [size / 2]."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    """Rotary embedding of x [batch, heads, size] with rotation [size / 2, 2]: cosines and sines."""
+    pairs = x.float().view(*x.shape[:-1], -1, 2)
+    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic only
+        (real, imaginary), (cosine, sine) = pairs.unbind(-1), rotation.unbind(-1)
+        turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1)
+    else:  # one kernel: a complex multiplication
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class Decoder(nn.Module):
@@ -79,19 +86,37 @@ class Decoder(nn.Module):
     def start(self, batch: int, length: int) -> None:
         block = self.blocks[0]
         kind = dict(device=self.norm.device, dtype=self.norm.dtype)
-        self.caches = [torch.zeros(2, batch, block.kv_heads, length, block.size, **kind) for _ in self.blocks]
+        size = batch, block.kv_heads, length, block.size
+        self.caches = [(torch.zeros(size, **kind), torch.zeros(size, **kind)) for _ in self.blocks]
         angles = torch.arange(length)[:, None] * 500000.0 ** (-torch.arange(0, block.size, 2) / block.size)
-        self.rotations = torch.polar(torch.ones_like(angles), angles).to(kind["device"])
+        self.rotations = torch.stack([angles.cos(), angles.sin()], -1).to(kind["device"])
         self.places = torch.arange(length, device=kind["device"])
         self.position = torch.zeros(1, dtype=torch.long, device=kind["device"])
         self.token = torch.arange(batch, device=kind["device"])[:, None]
         self.logits = torch.zeros(batch, self.lm_head.out_features, **kind)
 
+    def compile(self) -> None:
+        """The small operations between the linear layers fused; every block runs the same compiled code."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.begin = torch.compile(self.begin, dynamic=False)
+        self.end = torch.compile(self.end, dynamic=False)
+
     def step(self) -> None:
-        x, mask = self.embed(self.token), self.places <= self.position
-        rotation = self.rotations[self.position][0]
-        for block, cache in zip(self.blocks, self.caches, strict=True):
-            x = block(x, cache, self.position, rotation, mask[None])
+        x, rotation, mask = self.begin()
+        for block, (keys, values) in zip(self.blocks, self.caches, strict=True):
+            x = block(x, keys, values, self.position, rotation, mask)
+        self.end(x)
+
+    def begin(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x [batch, 1, hidden], rotation [size / 2, 2], what attention adds [batch, kv heads, grouped, length])."""
+        block = self.blocks[0]
+        after = torch.where(self.places <= self.position, 0.0, float("-inf")).to(self.norm.dtype)
+        shape = len(self.token), block.kv_heads, block.heads // block.kv_heads, len(self.places)
+        return self.embed(self.token), self.rotations[self.position][0], after.expand(shape).contiguous()
+
+    def end(self, x: torch.Tensor) -> None:
+        """Logits, the greedy token, one position on."""
         self.logits.copy_(self.lm_head(F.rms_norm(x, x.shape[-1:], self.norm, 1e-5))[:, 0])
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
         self.position += 1
@@ -138,11 +163,15 @@ def with_zeros(decoder: Decoder, sparsity: float) -> Decoder:
     return sparse
 
 
-def compare(decoder: Decoder, sparsity: float, batch: int, tokens: int, rounds: int) -> dict:
+def compare(decoder: Decoder, sparsity: float, batch: int, tokens: int, rounds: int, compiled: bool) -> dict:
+    torch.compiler.reset()
     dense = with_zeros(decoder, sparsity)
-    graphs = {"dense": dense.graph(batch, tokens + 8)}
     packed = with_zeros(decoder, sparsity)
     report = pack_for_inference(packed, "auto", batch_size=batch, ignore=["lm_head"])
+    if compiled:
+        dense.compile()
+        packed.compile()
+    graphs = {"dense": dense.graph(batch, tokens + 8)}
     graphs["packed"] = packed.graph(batch, tokens + 8)
     times, texts = {name: [] for name in graphs}, {}
     for round in range(rounds + 1):
@@ -174,6 +203,7 @@ def compare(decoder: Decoder, sparsity: float, batch: int, tokens: int, rounds: 
     return dict(
         sparsity=sparsity,
         batch=batch,
+        compiled=compiled,
         dense_ms=milliseconds["dense"],
         packed_ms=milliseconds["packed"],
         speedup=milliseconds["dense"] / milliseconds["packed"],
@@ -194,6 +224,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 8], help="batches; the later ones at 70%% only")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="the blocks as they are, without torch.compile, as well")
     parser.add_argument("--tiny", action="store_true", help="sizes of the layouts only; no GPU, seconds")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -206,11 +237,12 @@ def main() -> None:
         decoder = random_decoder(LLAMA_8B | {"layers": arguments.layers})
         cases = [(s, arguments.batch[0]) for s in arguments.sparsity]
         cases += [(arguments.sparsity[0], batch) for batch in arguments.batch[1:]]
-        for sparsity, batch in cases:
-            result = compare(decoder, sparsity, batch, arguments.tokens, arguments.rounds)
+        for compiled, (sparsity, batch) in itertools.product([True] + [False] * arguments.eager, cases):
+            result = compare(decoder, sparsity, batch, arguments.tokens, arguments.rounds, compiled)
+            how = "compiled" if compiled else "eager"
             results.append(result)
             print(
-                f"{sparsity:.0%} zeros, batch {batch}: {result['dense_ms']:.2f} -> {result['packed_ms']:.2f} ms a step, "
+                f"{sparsity:.0%} zeros, batch {batch}, {how}: {result['dense_ms']:.2f} -> {result['packed_ms']:.2f} ms a step, "
                 f"x{result['speedup']:.2f}, {result['packed_tokens_per_second']:.0f} tokens/s, linears "
                 f"{result['linear_bytes_dense'] / 1e9:.1f} -> {result['linear_bytes_packed'] / 1e9:.1f} GB, logits within "
                 f"{result['logits_error']:.4f}, {result['same_tokens']:.0%} same tokens, {result['layouts']}",

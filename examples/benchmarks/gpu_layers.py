@@ -12,12 +12,13 @@ is how much of that its kernel turns into time. For every shape, sparsity and nu
 
 Decoding reads every weight from memory, because the others passed through the cache since: each case goes round among as many
 copies as exceed 300 MB. One CUDA graph holds a round; graphs of all contenders take turns, medians count. Every result is
-first compared with float64 (512 rows). 2:4 is `torch.sparse.to_sparse_semi_structured`, which holds other zeros (exactly half,
-in groups of four), for batches and prompts; a prompt of 2,048 tokens through a packed layer unpacks it and multiplies densely.
+first compared with float64 (512 rows). 2:4 is the layout of that name (cuSPARSELt through torch), for other zeros (half of
+every four), for batches and prompts; a prompt of 2,048 tokens through a packed layer unpacks it and multiplies densely.
 The picture shows the better of the two layouts.
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ from _gpu_tiny import show_sizes
 
 from hf_sparse.instruments import device_name, versions
 from hf_sparse.runtime.bench import read_bandwidth
-from hf_sparse.runtime.gpu import delta, delta_triton, paired
+from hf_sparse.runtime.gpu import delta, delta_triton, paired, semi_structured
+from hf_sparse.runtime.gpu.timing import GraphOfCalls
 
 SHAPES = {  # rows x columns
     "8B k, v": (1024, 4096),
@@ -46,31 +48,19 @@ COLD = 300e6
 ROUNDS = 7
 
 
-def graph_of(calls) -> torch.cuda.CUDAGraph:
-    """One graph that makes all calls, one after another; they have run before."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def microseconds(graphs: dict) -> dict:
-    """name -> (graph, calls) to name -> microseconds a call, in turns."""
+def microseconds(graphs: dict[int, GraphOfCalls]) -> dict[int, float]:
+    """tokens -> microseconds of a call, the graphs in turns."""
     times = {name: [] for name in graphs}
     for round in range(ROUNDS + 1):
-        for name, (graph, calls) in graphs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
+        for name, graph in graphs.items():
+            seconds = graph()
             if round:
-                times[name].append(1e3 * begin.elapsed_time(end) / calls)
+                times[name].append(1e6 * seconds / len(graph.calls))
     return {name: median(values) for name, values in times.items()}
+
+
+def graph_of(calls, x) -> GraphOfCalls:
+    return GraphOfCalls([functools.partial(call, x) for call in calls])
 
 
 def copies_of(tensors: dict, nbytes: int) -> list[dict]:
@@ -93,29 +83,21 @@ def packed_calls(layout: str, packed: dict, shape):
 def dense_times(shape, inputs: dict) -> dict[int, float]:
     weight = torch.randn(shape, device="cuda").bfloat16()
     weights = [c["w"] for c in copies_of({"w": weight}, weight.nbytes)]
-    graphs = {
-        n: (graph_of([lambda w=w, x=x: F.linear(x, w) for w in weights]), len(weights)) for n, x in inputs.items()
-    }
-    return microseconds(graphs)
+    calls = [lambda x, w=w: F.linear(x, w) for w in weights]
+    return microseconds({n: graph_of(calls, x) for n, x in inputs.items()})
 
 
 def semi_structured_times(shape, inputs: dict) -> dict[int, float]:
     """2:4 for at least 16 tokens; empty where torch has no kernel."""
+    if reason := semi_structured.unavailable(torch.device("cuda")):
+        print(f"no 2:4: {reason}")
+        return {}
     weight = torch.randn(shape, device="cuda").bfloat16()
     weight.view(-1, 4)[:, 2:] = 0
-    graphs = {}
-    try:
-        sparse = [
-            torch.sparse.to_sparse_semi_structured(weight.clone())
-            for _ in range(min(24, int(COLD / weight.nbytes) + 2))
-        ]
-        for tokens, x in inputs.items():
-            if tokens >= 16:
-                graphs[tokens] = (graph_of([lambda w=w, x=x: F.linear(x, w) for w in sparse]), len(sparse))
-    except (RuntimeError, NotImplementedError) as error:
-        print("no 2:4:", str(error)[:120])
-        return {}
-    return microseconds(graphs)
+    packed = semi_structured.pack_tiles([weight], shape, torch.bfloat16)
+    copies = copies_of(packed, weight.nbytes)
+    calls = [semi_structured.prepare(copy, shape, torch.bfloat16, None) for copy in copies]
+    return microseconds({n: graph_of(calls, x) for n, x in inputs.items() if n >= 16})
 
 
 def measure(name: str, shape, sparsities, tokens, bandwidth: float, with_prompt: bool) -> list[dict]:
@@ -145,7 +127,7 @@ def measure(name: str, shape, sparsities, tokens, bandwidth: float, with_prompt:
                 x = inputs[n]
                 used = calls[:4] if n == PROMPT else calls
                 errors[n] = max(relative_error(call(x), x, weight) for call in (used[0], used[-1]))
-                graphs[n] = graph_of([lambda call=call, x=x: call(x) for call in used]), len(used)
+                graphs[n] = graph_of(used, x)
             for n, time in microseconds(graphs).items():
                 results.append(
                     dict(layer=name, shape=shape, layout=layout, sparsity=sparsity, tokens=n, us=time, dense_us=dense[n],

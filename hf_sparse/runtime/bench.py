@@ -15,6 +15,7 @@ for a few tokens is faster than that.
 """
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ from torch import nn
 
 from hf_sparse.instruments import device_name, progress_bar
 from hf_sparse.runtime.bench_report import BenchReport, LayerRow, Pair
+from hf_sparse.runtime.gpu.timing import GraphOfCalls
 from hf_sparse.runtime.pack import pack_for_inference
 from hf_sparse.runtime.packed_linear import PackedLinear
 
@@ -241,26 +243,8 @@ def _sweep_cpu(model, groups, inputs) -> Callable[[], dict]:
 
 def _sweep_cuda(model, groups, inputs) -> Callable[[], dict]:
     """A graph for each kind of layer: launches from Python are not what is asked for."""
-    graphs = {}
-    for key, names in groups.items():
-        layers, x = [model.get_submodule(name) for name in names], inputs[key[1]]
-        for layer in layers:
-            layer(x)
-        torch.cuda.synchronize()
-        graphs[key] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[key]):
-            for layer in layers:
-                layer(x)
-
-    def sweep():
-        spent = {}
-        for key, graph in graphs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            spent[key] = begin.elapsed_time(end) / 1e3
-        return spent
-
-    return sweep
+    graphs = {
+        key: GraphOfCalls([functools.partial(model.get_submodule(name), inputs[key[1]]) for name in names])
+        for key, names in groups.items()
+    }
+    return lambda: {key: graph() for key, graph in graphs.items()}

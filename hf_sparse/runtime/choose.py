@@ -9,14 +9,17 @@ measurement copies that: it goes round among so many copies of the weight that t
 candidates take turns. The quickest round counts: what else the machine does can only add, and the choice is kept for long.
 """
 
+import functools
 import time
 from collections.abc import Callable
 
 import torch
 
 from hf_sparse.instruments import device_name, versions
+from hf_sparse.patterns import NM
 from hf_sparse.runtime.cache import recall, remember
 from hf_sparse.runtime.cpu.dense import prepare_dense
+from hf_sparse.runtime.gpu.timing import GraphOfCalls
 from hf_sparse.runtime.layouts import layout_module
 
 __all__ = ["fastest"]
@@ -37,12 +40,13 @@ def fastest(
     candidates: list[str],
 ) -> dict[str, float]:
     """Microseconds of a call with ``batch_size`` tokens for every candidate, measured or remembered: ``dense`` (torch),
-    ``rows`` (our kernel for dense rows, CPU) or a layout."""
+    ``rows`` (our kernel for dense rows, CPU) or a layout (``2:4``: all are measured on a 2:4 weight)."""
     density = round(round(density / DENSITY_STEP) * DENSITY_STEP, 2)
     installed = versions()
     key = " ".join(
         [device_name(device), f"torch-{installed['torch']}", f"hf-sparse-{installed['hf-sparse']}"]
         + [f"{shape[0]}x{shape[1]}", str(dtype).removeprefix("torch."), f"density-{density}", f"tokens-{batch_size}"]
+        + ["2:4"] * ("2:4" in candidates)
     )
     times = recall(TIMES).get(key, {})
     if set(times) != set(candidates):
@@ -55,7 +59,10 @@ def measure(shape, dtype, density, device, batch_size, candidates) -> dict[str, 
     """The measurement itself, on random weights."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(shape, generator=generator, device=device).to(dtype)
-    weight.masked_fill_(torch.rand(shape, generator=generator, device=device) >= density, 0)
+    if "2:4" in candidates:
+        weight.masked_fill_(~NM(2, 4).mask(weight.abs().float()), 0)
+    else:
+        weight.masked_fill_(torch.rand(shape, generator=generator, device=device) >= density, 0)
     x = torch.randn(batch_size, shape[1], generator=generator, device=device).to(dtype)
     sweeps = {name: _sweep(name, weight, x) for name in candidates}
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -83,6 +90,8 @@ def _sweep(name: str, weight: torch.Tensor, x: torch.Tensor) -> tuple[Callable[[
         return layout_module(name).prepare(copy, shape, dtype, None)
 
     calls = [call_of({key: tensor.clone() for key, tensor in tensors.items()}) for _ in range(copies)]
+    if device.type == "cuda":
+        return GraphOfCalls([functools.partial(call, x) for call in calls], device), copies
 
     def run():
         for call in calls:
@@ -90,7 +99,7 @@ def _sweep(name: str, weight: torch.Tensor, x: torch.Tensor) -> tuple[Callable[[
 
     with torch.inference_mode():
         run()
-    return (_on_cuda(run) if device.type == "cuda" else _on_cpu(run)), copies
+    return _on_cpu(run), copies
 
 
 def _on_cpu(run: Callable[[], None]) -> Callable[[], float]:
@@ -100,23 +109,4 @@ def _on_cpu(run: Callable[[], None]) -> Callable[[], float]:
             run()
             return time.perf_counter() - begin
 
-    return sweep
-
-
-def _on_cuda(run: Callable[[], None]) -> Callable[[], float]:
-    """Replays of a graph: generation that cares for speed runs in one, and launches would hide the kernels."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        run()
-
-    def sweep() -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    sweep.keep = run  # a graph knows addresses only: the weights it reads have to live as long
     return sweep

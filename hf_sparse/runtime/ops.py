@@ -1,30 +1,38 @@
-"""The packed kernels as one ``torch.library`` operator, so that ``torch.compile`` and autograd can see them.
+"""A packed layer as one ``torch.library`` operator, so that ``torch.compile`` and autograd can see it.
 
-    torch.ops.hf_sparse.packed_linear(x [..., in], tensors, bias, layout, out, in, dtype) -> [..., out]
+    torch.ops.hf_sparse.packed_linear(x [..., in], handle, bias, out) -> [..., out]
 
-The compiler needs to know only the shape of the result (the fake implementation); the operator itself runs the layout's
-kernel. The gradient is that with respect to the input, ``dy W``, by unpacking: adapters on top of a packed model can be
-trained, the packed weight cannot.
+``handle`` is a tensor of one byte that stands for the layer: its address finds the packed weight. The packed tensors themselves
+are no arguments, because their sizes differ from layer to layer by the number of nonzeros: the compiler would take each size
+for a new program, and after eight of them give up. The gradient is that with respect to the input, ``dy W``, by unpacking,
+and to the bias: adapters on top of a packed model can be trained, the packed weight cannot.
 """
+
+import weakref
 
 import torch
 
-from hf_sparse.runtime.layouts import layout_module
-
-__all__ = ["packed_linear", "version_of"]
+__all__ = ["packed_linear", "register", "version_of"]
 
 NAME = "hf_sparse::packed_linear"
 # Not torch.library.custom_op: its checks cost more than the multiplication of a small layer.
-torch.library.define(
-    NAME,
-    "(Tensor x, Tensor[] tensors, Tensor? bias, str layout, int out_features, int in_features, ScalarType dtype) -> Tensor",
-)
+torch.library.define(NAME, "(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor")
+
+_layers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # address of the handle -> layer
 
 
-@torch.library.impl(NAME, ("cpu", "cuda"))
-def _run(x, tensors, bias, layout, out_features, in_features, dtype):
-    call = _prepared(tensors, bias, layout, (out_features, in_features), dtype)
-    return call(x.reshape(-1, in_features)).view(*x.shape[:-1], out_features)
+def register(layer) -> None:
+    """From now on ``layer.handle`` stands for this layer, which has ``multiply(x, bias)`` and ``dense()``."""
+    _layers[layer.handle.data_ptr()] = layer
+
+
+def _layer_of(handle: torch.Tensor):
+    layer = _layers.get(handle.data_ptr())
+    if layer is None:
+        raise RuntimeError(
+            "this is no packed layer's handle: its address counts, so a copy of it (or of a dead layer's) is none"
+        )
+    return layer
 
 
 def version_of(tensor: torch.Tensor | None) -> int | None:
@@ -32,33 +40,25 @@ def version_of(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
-def _prepared(tensors, bias, layout, shape, dtype):
-    """The prepared call of these very tensors, kept with the first of them: compiled code has no layer to keep it in."""
-    key = [None if bias is None else bias.data_ptr(), version_of(bias), *(tensor.data_ptr() for tensor in tensors)]
-    kept = getattr(tensors[0], "_hf_sparse_call", None)
-    if kept is None or kept[0] != key:
-        module = layout_module(layout)
-        kept = key, module.prepare(dict(zip(module.NAMES, tensors, strict=True)), shape, dtype, bias)
-        tensors[0]._hf_sparse_call = kept
-    return kept[1]
+@torch.library.impl(NAME, ("cpu", "cuda"))
+def _run(x, handle, bias, out_features):
+    return _layer_of(handle).multiply(x, bias)
 
 
 @torch.library.register_fake(NAME)
-def _(x, tensors, bias, layout, out_features, in_features, dtype):
+def _(x, handle, bias, out_features):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _keep_for_backward(ctx, inputs, output):
-    _, tensors, _, ctx.layout, out_features, in_features, ctx.dtype = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.shape = out_features, in_features
+    _, handle, _, _ = inputs
+    ctx.save_for_backward(handle)
 
 
 def _backward(ctx, gradient):
-    module, tensors = layout_module(ctx.layout), ctx.saved_tensors
-    weight = module.unpack(dict(zip(module.NAMES, tensors, strict=True)), ctx.shape, ctx.dtype)
+    weight = _layer_of(ctx.saved_tensors[0]).dense()
     of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-    return gradient @ weight.to(gradient.dtype), [None] * len(tensors), of_bias, None, None, None, None
+    return gradient @ weight.to(gradient.dtype), None, of_bias, None
 
 
 torch.library.register_autograd(NAME, _backward, setup_context=_keep_for_backward)

@@ -24,7 +24,7 @@ from hf_sparse.instruments import progress_bar
 from hf_sparse.runtime.choose import fastest
 from hf_sparse.runtime.cpu.arena import Arena
 from hf_sparse.runtime.dense_linear import MOST_TOKENS, DenseLinear
-from hf_sparse.runtime.layouts import layout_module, layouts_for
+from hf_sparse.runtime.layouts import layout_module, layouts_for, special_layouts
 from hf_sparse.runtime.packed_linear import PackedLinear, row_tiles_of
 from hf_sparse.targets import Target, find_targets
 
@@ -102,7 +102,8 @@ def pack_for_inference(
         runtime: ``auto`` packs a layer where that is faster than dense, measured for its shape and density and
             remembered for this machine; ``packed`` packs every layer that gets smaller, without measuring; ``int8`` packs
             with weights and activations rounded to 8 bits (CPU).
-        batch_size: tokens per call to be fast for: sequences in a batch, or tokens that are verified at once.
+        batch_size: tokens per call to be fast for: sequences in a batch, tokens that are verified at once, or the
+            length of prompts (with a large one ``auto`` considers the sparse tensor cores of a GPU for 2:4 weights).
         targets, ignore: which weights, in the grammar of ``SparsityConfig``.
 
     Raises:
@@ -122,7 +123,8 @@ def pack_for_inference(
             layer = model.get_submodule(name)
             matrix = target.matrix(layer.weight.detach())
             density = float((matrix != 0).sum()) / max(1, matrix.numel())
-            choice = choose_layout(target.shape, matrix.dtype, density, matrix.device, runtime, batch_size)
+            special = special_layouts(matrix) if runtime == "auto" else []
+            choice = choose_layout(target.shape, matrix.dtype, density, matrix.device, runtime, batch_size, special)
             if choice.layout != "dense":
                 packed = packed_layer(choice, row_tiles_of(matrix), target.shape, matrix.dtype, layer, arena)
                 put_in_place(model, name, packed)
@@ -168,10 +170,16 @@ def check_runtime(runtime: str) -> None:
 
 
 def choose_layout(
-    shape: tuple[int, int], dtype: torch.dtype, density: float, device: torch.device, runtime: str, batch_size: int
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    density: float,
+    device: torch.device,
+    runtime: str,
+    batch_size: int,
+    special: list[str] = (),
 ) -> LayerChoice:
-    """The layout for a weight of which only the shape, dtype and share of nonzeros are known. ``bytes`` is that of the
-    dense weight until it is packed."""
+    """The layout for a weight of which only the shape, dtype and share of nonzeros are known, and the ``special_layouts``
+    that it fits. ``bytes`` is that of the dense weight until it is packed."""
     nbytes = shape[0] * shape[1] * dtype.itemsize
 
     def choice(layout: str, why: str, times: dict[str, float] | None = None) -> LayerChoice:
@@ -187,7 +195,7 @@ def choose_layout(
         return choice("dense", "too few zeros to save memory")
     if runtime == "packed":
         return choice(layouts[0], "asked for")
-    times = fastest(shape, dtype, density, device, batch_size, ["dense", *layouts])
+    times = fastest(shape, dtype, density, device, batch_size, ["dense", *layouts, *special])
     best = min(times, key=times.get)
     return choice(best, "dense is faster here" if best == "dense" else "fastest", times)
 

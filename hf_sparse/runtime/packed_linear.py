@@ -58,7 +58,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.dtype, self.transposed = dtype, transposed
         self.register_parameter("bias", bias)
-        self.layout = self._bias_version = None
+        self.layout = self._bias_key = None
         self._set(layout, tensors)
 
     @property
@@ -78,18 +78,25 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight as the replaced layer stored it; a new tensor at every access."""
-        dense = layout_module(self.layout).unpack(self.tensors, self.shape, self.dtype)
+        dense = self.dense()
         return dense.t().contiguous() if self.transposed else dense
+
+    def dense(self) -> torch.Tensor:
+        """The dense weight [out_features, in_features], unpacked anew."""
+        return layout_module(self.layout).unpack(self.tensors, self.shape, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias
         learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if learns or torch.compiler.is_compiling():
-            return ops.packed_linear(
-                x, list(self.tensors.values()), self.bias, self.layout, self.out_features, self.in_features, self.dtype
-            )
-        if self._call is None or (bias is not None and self._bias_version != version_of(bias)):
-            self._bias_version = version_of(bias)  # a prepared call may hold a copy of the bias
+            return ops.packed_linear(x, self.handle, bias, self.out_features)
+        return self.multiply(x, bias)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x W^T + bias`` by the kernel, for ``x [..., in_features]``."""
+        if self._call is None or (bias is not None and self._bias_key != (bias.data_ptr(), version_of(bias))):
+            if bias is not None:  # a prepared call may hold a copy of it
+                self._bias_key = bias.data_ptr(), version_of(bias)
             self._call = layout_module(self.layout).prepare(self.tensors, self.shape, self.dtype, bias)
         if x.dim() == 2:
             return self._call(x)
@@ -111,6 +118,13 @@ class PackedLinear(nn.Module):
         self.layout, self._names, self._call = layout, tuple(tensors), None
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+        self._set_handle()
+
+    def _set_handle(self) -> None:
+        """A new tensor whose address stands for this layer where there are only tensors (``ops``)."""
+        device = next(iter(self.tensors.values())).device
+        self.register_buffer("handle", torch.empty(1, dtype=torch.uint8, device=device), persistent=False)
+        ops.register(self)
 
     def _apply(self, fn, recurse=True):
         """What ``to``, ``cuda`` and ``half`` do: another device or dtype of the weight means another packing."""
@@ -124,14 +138,14 @@ class PackedLinear(nn.Module):
             for name, tensor in self.tensors.items():  # moved, never cast: scales and gaps have dtypes of their own
                 self._buffers[name] = tensor.to(like.device)
             self._call = None
+            self._set_handle()
             return self
         layouts = layouts_for(like.device, like.dtype)
         if not layouts:
             raise ValueError(
                 f"no layout for {like.dtype} weights on {like.device}: unpack(model) before moving it there"
             )
-        dense = layout_module(self.layout).unpack(self.tensors, self.shape, self.dtype)
-        tiles = (tile.to(like.device, like.dtype) for tile in row_tiles_of(dense))
+        tiles = (tile.to(like.device, like.dtype) for tile in row_tiles_of(self.dense()))
         self.dtype = like.dtype
         self._set(layouts[0], layout_module(layouts[0]).pack_tiles(tiles, self.shape, like.dtype))
         return self
@@ -140,6 +154,10 @@ class PackedLinear(nn.Module):
         # The prepared call is pointers; the tensors may lie in memory shared with other layers (``cpu.arena``).
         buffers = {name: tensor if tensor is None else tensor.clone() for name, tensor in self._buffers.items()}
         return {**self.__dict__, "_call": None, "_buffers": buffers}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._set_handle()
 
     # -- stock checkpoints
 

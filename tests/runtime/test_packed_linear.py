@@ -13,8 +13,8 @@ from hf_sparse.runtime.packed_linear import PackedLinear, row_tiles_of
 pytestmark = pytest.mark.usefixtures("plain_layout")
 
 
-def stock(shape=(24, 40), bias=True, dtype=torch.float32):
-    torch.manual_seed(0)
+def stock(shape=(24, 40), bias=True, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
     layer = nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype)
     with torch.no_grad():
         layer.weight.masked_fill_(torch.rand(shape) < 0.7, 0)
@@ -91,10 +91,13 @@ def test_gradients_reach_the_input_and_the_bias():
         module(x).square().sum().backward()
         results.append((x.grad, module.bias.grad))
     torch.testing.assert_close(results[1], results[0])
-    torch.library.opcheck(
-        torch.ops.hf_sparse.packed_linear.default,
-        (torch.randn(2, 40), list(packed.tensors.values()), None, "plain", 24, 40, torch.float32),
-    )
+    # all checks but that of the schema, which hands over copies: no copy of a handle stands for a layer
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    operator = torch.ops.hf_sparse.packed_linear.default
+    for bias in (None, packed.bias):
+        torch.library.opcheck(operator, (torch.randn(2, 40), packed.handle, bias, 24), test_utils=checks)
+    with pytest.raises(RuntimeError, match="no packed layer's handle"):
+        operator(torch.randn(2, 40), packed.handle.clone(), None, 24)
 
 
 def test_a_bias_that_learned_is_the_one_that_is_added():
@@ -120,6 +123,23 @@ def test_compiled_equals_eager_without_a_graph_break():
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), packed(x))
         torch.testing.assert_close(compiled(x[:1]), packed(x[:1]))
+
+
+def test_layers_with_different_numbers_of_nonzeros_are_one_compiled_program():
+    """As the blocks of a model are: the sizes of packed tensors must not be part of the program."""
+    torch.compiler.reset()
+    blocks = [torch.nn.Sequential(packed_of(stock(seed=seed))) for seed in range(10)]
+    assert len({block[0].nbytes for block in blocks}) == 10
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    x = torch.randn(2, 40)
+    with torch.no_grad():
+        for block in blocks:
+            expected = block(x)
+            block.compile(backend=counter, fullgraph=True, dynamic=False)
+            assert torch.equal(block(x), expected)
+        blocks[3][0].bias.add_(1)
+        torch.testing.assert_close(blocks[3](x), blocks[3][0].multiply(x, blocks[3][0].bias))
+    assert counter.frame_count == 1
 
 
 def test_damaged_tensors_are_refused_before_they_are_used():

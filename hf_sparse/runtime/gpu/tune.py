@@ -15,6 +15,7 @@ from statistics import median
 import torch
 
 from hf_sparse.runtime.cache import recall, remember
+from hf_sparse.runtime.gpu.timing import GraphOfCalls
 
 __all__ = ["fastest"]
 
@@ -54,26 +55,13 @@ def fastest(
 
 
 def _measure(calls: list[list[Callable]], device: torch.device) -> list[float]:
-    """Milliseconds of each list of calls."""
-    graphs, times = [], [[] for _ in calls]
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        for candidate in calls:
-            candidate[0]()  # loads the kernel
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")
-            for call in candidate:
-                call()
-            graph.capture_end()
-            graphs.append(graph)
-        for round in range(ROUNDS + 1):  # the first one warms up
-            for graph, spent in zip(graphs, times, strict=True):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                if round:
-                    spent.append(begin.elapsed_time(end))
+    """Seconds of each list of calls."""
+    graphs, times = [GraphOfCalls(candidate, device) for candidate in calls], [[] for _ in calls]
+    for round in range(ROUNDS + 1):  # the first one warms up
+        for graph, spent in zip(graphs, times, strict=True):
+            seconds = graph()
+            if round:
+                spent.append(seconds)
     return [median(spent) for spent in times]
 
 

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from test_kernel_source import assert_product
 from test_layouts import LAYOUTS, random_weight, same_bits
 
-from hf_sparse.runtime.gpu import delta, nvrtc, paired
+from hf_sparse import pack_for_inference, unpack
+from hf_sparse.patterns import NM
+from hf_sparse.runtime.gpu import delta, nvrtc, paired, semi_structured
+from hf_sparse.runtime.layouts import special_layouts
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(1, 1), (5, 3), (33, 304), (70, 1030), (1000, 2048), (4096, 1024), (257, 14336), (96, 28672)]
@@ -149,3 +152,57 @@ def test_triton_fallback():
         for tokens in (1, 2, 3, 4):
             weight, x, bias = case(*shape, 0.7, tokens, torch.bfloat16)
             assert_product(delta_triton.linear(x, delta.pack(weight), shape, bias), weight, x, bias)
+
+
+# ------------------------------------------------------------------------------------------------ 2:4, torch's kernels
+
+
+def two_of_four(rows, columns, dtype=torch.bfloat16):
+    weight = random_weight((rows, columns), 0.0, dtype).cuda()
+    return weight.masked_fill(~NM(2, 4).mask(weight.abs().float()), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 64), (192, 4160), (2048, 5632)], ids=str)
+def test_semi_structured_product_and_unpacking(shape, dtype):
+    weight = two_of_four(*shape, dtype)
+    weight[3] = 0
+    packed = semi_structured.pack_tiles([weight[:32], weight[32:]], shape, dtype)
+    semi_structured.check(packed, shape, dtype)
+    if weight.nbytes > 1 << 20:  # the library pads small ones
+        assert semi_structured.nbytes(packed) == weight.nbytes * 9 // 16
+    assert same_bits(semi_structured.unpack(packed, shape, dtype), weight)
+    bias = torch.randn(shape[0], device="cuda").to(dtype)
+    for given in (None, bias):
+        call = semi_structured.prepare(packed, shape, dtype, given)
+        for tokens in (1, 7, 8, 300):
+            x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
+            assert_product(call(x), weight, x, given)
+    for broken in (packed["compressed"][:-1], packed["compressed"].float()):
+        with pytest.raises(ValueError, match="compressed entries"):
+            semi_structured.check({"compressed": broken}, shape, dtype)
+
+
+def test_semi_structured_takes_only_what_it_can_give_back():
+    weight = two_of_four(128, 128)
+    assert special_layouts(weight) == ["2:4"]
+    three, infinite = weight.clone(), weight.clone()
+    three[0, :3] = 1
+    infinite[0, :2] = torch.tensor([torch.inf, 1])
+    infinite[0, 2:4] = 0
+    for other in (three, infinite, weight[:40], weight.float()):
+        assert special_layouts(other) == []
+        with pytest.raises(ValueError, match="2:4 layout takes"):
+            semi_structured.pack_tiles([other], tuple(other.shape), other.dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_auto_considers_semi_structured(tokens):
+    model = torch.nn.Sequential(torch.nn.Linear(4096, 8192, bias=False)).cuda().bfloat16()
+    model[0].weight.data = two_of_four(8192, 4096)
+    dense, x = copy.deepcopy(model), torch.randn(tokens, 4096, device="cuda").bfloat16()
+    choice = pack_for_inference(model, batch_size=tokens).layers["0"]
+    assert set(choice.microseconds) >= {"dense", "2:4"}
+    assert choice.layout == min(choice.microseconds, key=choice.microseconds.get)
+    assert_product(model(x), dense[0].weight, x, None)
+    assert torch.equal(unpack(model)[0].weight, dense[0].weight)
