@@ -87,6 +87,7 @@ def main() -> None:
 
 def train(method: str, seed: int, arguments, device) -> dict:
     """One training run: losses on held-out text, FLOPs, what the masks did."""
+    from _bytes import ByteWindows
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
     from hf_sparse.callbacks import SparsityCallback
@@ -119,7 +120,7 @@ def train(method: str, seed: int, arguments, device) -> dict:
     )
     train_bytes = b"".join(path.read_bytes() for path in arguments.text)
     held_out = arguments.validation.read_bytes()[: 2000 if arguments.tiny else None]
-    windows = Windows(train_bytes, arguments.length), Windows(held_out, arguments.length)
+    windows = ByteWindows(train_bytes, arguments.length), ByteWindows(held_out, arguments.length)
     trainer = Trainer(model, options, train_dataset=windows[0], eval_dataset=windows[1], callbacks=callbacks)
     started = time.perf_counter()
     trainer.train()
@@ -153,25 +154,6 @@ def config_of(method: str, arguments, seed: int):
     if method == "top-kast":  # gradients for twice as many weights as the forward pass uses
         schedule["backward_sparsity"] = max(0.0, 1.0 - 2.0 * (1.0 - arguments.sparsity))
     return SparsityConfig(method=method, sparsity=sparsity, schedule=schedule, allocation="uniform", seed=seed)
-
-
-class Windows:
-    """Consecutive windows of a text's bytes."""
-
-    def __init__(self, text: bytes, length: int):
-        import torch
-
-        count = len(text) // length
-        if count < 1:
-            raise ValueError(f"the text has {len(text)} bytes, fewer than one sequence of {length}")
-        self.rows = torch.frombuffer(bytearray(text[: count * length]), dtype=torch.uint8).view(count, length)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self.rows[index].long()
-        return {"input_ids": row, "labels": row}
 
 
 def table(runs: list[dict]) -> str:

@@ -35,7 +35,12 @@ MODELS = {
     "resnet": lambda: ResNetForImageClassification(ResNetConfig(**RESNET)),
     "vit": lambda: ViTForImageClassification(
         ViTConfig(
-            hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=8
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=64,
+            patch_size=8,
         )
     ),
     "mobilenet": lambda: MobileNetV2ForImageClassification(MobileNetV2Config(image_size=64)),

@@ -205,4 +205,5 @@ def test_auto_considers_semi_structured(tokens):
     assert set(choice.microseconds) >= {"dense", "2:4"}
     assert choice.layout == min(choice.microseconds, key=choice.microseconds.get)
     assert_product(model(x), dense[0].weight, x, None)
-    assert torch.equal(unpack(model)[0].weight, dense[0].weight)
+    if choice.layout != "dense":
+        assert torch.equal(unpack(model)[0].weight, dense[0].weight)
