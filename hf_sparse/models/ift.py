@@ -40,7 +40,7 @@ class IFTReport:
     Attributes:
         family, budget: as asked.
         nominal_sparsity: as asked; it decides widths, branches and ranks.
-        sparsity: that of the masks; higher than the nominal one under the ``model`` budget.
+        sparsity: that of the masks; higher than the nominal one under the ``model`` budget, or where widths were rounded up.
         layers: replaced layers -> branches or rank; for ``wide`` the widened fields of the config, ``name: (dense, wide)``.
         dense_flops, sparse_flops: of one forward pass of the whole model, before, and after with its masks.
         layer_ratio: of the FLOPs of the replaced layers alone, sparse over dense.
@@ -89,6 +89,7 @@ def sparse_ift(
     branch_activation: bool | str = True,
     sparse_u_only: bool = False,
     widths: dict | None = None,
+    head_multiple: int = 1,
     seed: int = 0,
 ) -> IFTReport:
     """Replaces the layers of a model by those of a Sparse-IFT family, in place; its weights are new and still dense.
@@ -104,7 +105,8 @@ def sparse_ift(
         targets, ignore: which layers are replaced, in the grammar of ``SparsityConfig``. ``wide`` changes all widths, so
             there they choose only which weights are sparse.
         branch_activation, sparse_u_only: see :mod:`hf_sparse.models.layers`.
-        widths: see :func:`hf_sparse.models.widths.wide_config`.
+        widths, head_multiple: see :func:`hf_sparse.models.widths.wide_config`. With ``head_multiple`` above 1 (8 is good for
+            GPUs) widths are rounded further, and the ``layer`` budget raises the sparsity so that the layers cost the same.
         seed: of the masks.
 
     Raises:
@@ -125,11 +127,11 @@ def sparse_ift(
     original = find_targets(model, targets, kept_dense)
     of_layers = sum(before.get(name, 0.0) for name in original)
     if family == "wide":
-        trial, details = _widened(model, sparsity, widths)
+        trial, details = _widened(model, sparsity, widths, head_multiple)
         masked, after_ignore, names = targets, kept_dense, []
     else:
-        if widths:
-            raise ValueError(f"widths belong to the wide family, not to {family!r}")
+        if widths or head_multiple != 1:
+            raise ValueError(f"widths and head_multiple belong to the wide family, not to {family!r}")
         names = [target.module for target in original.values()]
         _check_kinds(original)
         trial = _shape_copy(model)  # so that an error changes nothing
@@ -140,6 +142,8 @@ def sparse_ift(
     of_masked = sum(after.get(name, 0.0) for name in sparse)
     rest = sum(after.values()) - of_masked
     used = float(sparsity)
+    if family == "wide" and head_multiple > 1:
+        used = 1.0 - of_layers / of_masked
     if budget == "model":
         used = 1.0 - (dense - rest) / of_masked
         if not 0 <= used < 1:
@@ -211,12 +215,12 @@ def _shape_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _widened(model: nn.Module, sparsity: float, widths: dict | None) -> tuple[nn.Module, dict]:
+def _widened(model: nn.Module, sparsity: float, widths: dict | None, head_multiple: int) -> tuple[nn.Module, dict]:
     """(a wider model of the same class, device and dtype; the fields that changed)."""
     config = getattr(model, "config", None)
     if config is None:
         raise ValueError(f"the wide family widens a config, and {type(model).__name__} has none: use another family")
-    wide = wide_config(config, sparsity, widths)
+    wide = wide_config(config, sparsity, widths, head_multiple)
     old, new = config.to_dict(), wide.to_dict()
     changed = {name: (old[name], new[name]) for name in old if name in new and old[name] != new[name]}
     parameter = next(model.parameters())

@@ -5,8 +5,9 @@
 
 Widths grow, the numbers of layers and of heads stay (heads get larger), as in the published GPT configs. A model's width is
 the smallest multiple of its heads that is at least k times as large, of twice its heads where a rotary embedding needs even
-heads; MLPs keep their ratio to it. A convolutional network multiplies its first width by k once and truncates
-(64 -> 90, 128, 202 at 50, 75, 90 %), and all others keep their ratio to that, as in the released code.
+heads; ``head_multiple`` makes the size of a head a multiple of 8, say: 1092 / 12 is 91, which suits few GPU kernels. MLPs keep
+their ratio to the width. A convolutional network multiplies its first width by k once and truncates (64 -> 90, 128, 202 at
+50, 75, 90%), and all others keep their ratio to that, as in the released code.
 """
 
 import copy
@@ -31,12 +32,13 @@ def scaled_width(width: int, sparsity: float, multiple: int = 0) -> int:
     return -(-needed // multiple) * multiple
 
 
-def wide_config(config, sparsity: float, widths: dict | None = None):
+def wide_config(config, sparsity: float, widths: dict | None = None, head_multiple: int = 1):
     """A copy of a transformers config with wider layers.
 
     Args:
         config: a text model's (one width, heads), a ResNet's (``embedding_size``, ``hidden_sizes``), a ViT's, a MobileNet's
             (``depth_multiplier``).
+        head_multiple: what the size of an attention head is to be a multiple of.
         widths: fields and values that replace what is computed, or name it for a config whose widths are not known here.
 
     Raises:
@@ -44,7 +46,7 @@ def wide_config(config, sparsity: float, widths: dict | None = None):
     """
     wide = copy.deepcopy(config)
     if sparsity:
-        for name, value in _wider(config, sparsity, known=not widths).items():
+        for name, value in _wider(config, sparsity, head_multiple, known=not widths).items():
             setattr(wide, name, value)
     for name, value in (widths or {}).items():
         if not hasattr(config, name):
@@ -53,7 +55,7 @@ def wide_config(config, sparsity: float, widths: dict | None = None):
     return wide
 
 
-def _wider(config, sparsity: float, known: bool) -> dict:
+def _wider(config, sparsity: float, head_multiple: int, known: bool) -> dict:
     if isinstance(getattr(config, "hidden_sizes", None), (list, tuple)) and hasattr(config, "embedding_size"):
         first = config.embedding_size
         new = scaled_width(first, sparsity)
@@ -71,7 +73,8 @@ def _wider(config, sparsity: float, known: bool) -> dict:
         return {}
     width = _own(config, name)
     rotary = any(hasattr(config, field) for field in ("rope_parameters", "rope_theta", "rotary_dim"))
-    new = scaled_width(width, sparsity, multiple=heads * (2 if rotary else 1))
+    step = math.lcm(head_multiple, 2 if rotary else 1)
+    new = scaled_width(width, sparsity, multiple=heads * step)
     found = {name: new}
     for inner in _INNER:
         if isinstance(_own(config, inner), int):
@@ -81,7 +84,7 @@ def _wider(config, sparsity: float, known: bool) -> dict:
             found[same] = new
     head = _own(config, "head_dim")
     if isinstance(head, int):
-        found["head_dim"] = new // heads if head * heads == width else scaled_width(head, sparsity, multiple=2)
+        found["head_dim"] = new // heads if head * heads == width else scaled_width(head, sparsity, multiple=step)
     return found
 
 

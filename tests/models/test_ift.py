@@ -63,6 +63,7 @@ def test_published_widths():
         assert wide.embedding_size == base and wide.hidden_sizes == [base, 2 * base, 4 * base, 8 * base]
     llama = wide_config(LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, head_dim=64), 0.5)
     assert llama.head_dim % 2 == 0 and llama.hidden_size == 9 * llama.head_dim >= 576 * math.sqrt(2)
+    assert wide_config(GPT2Config(), 0.5, head_multiple=8).n_embd == 12 * 96
     assert wide_config(LlamaConfig(), 0).to_dict() == LlamaConfig().to_dict()
     with pytest.raises(ValueError, match="widths of PreTrainedConfig are not known"):
         from transformers import PreTrainedConfig
@@ -107,6 +108,14 @@ def test_every_family_on_every_architecture(kind, family, budget):
     loss.backward()
     assert loss.isfinite() and all(w.parameter.grad is not None for w in training.weights)
     assert f"sparse {family}" in str(report) and f"budget: {budget}" in str(report)
+
+
+def test_rounded_widths_have_more_zeros():
+    model = MODELS["gpt2"]()  # 48 wide, 4 heads of 12
+    report = sparse_ift(model, "wide", 0.5, head_multiple=8, inputs={"input_ids": (1, 64)})
+    assert model.config.n_embd == 96 and report.sparsity == 0.75 and report.layer_ratio == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="belong to the wide family"):
+        sparse_ift(MODELS["gpt2"](), "doped", 0.5, head_multiple=8)
 
 
 def test_what_stays_dense():
