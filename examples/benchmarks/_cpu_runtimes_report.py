@@ -46,9 +46,11 @@ def print_table(name: str, sparsity: float, results: dict[str, dict]) -> None:
 
 
 def plot(report: dict, runtimes: list[str], path: Path) -> None:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(report["models"]), 4.5), layout="constrained")
+    libraries = list(dict.fromkeys(runtime.partition("-")[0] for runtime in runtimes))
+    figure = Figure(figsize=(4.5 * len(report["models"]) + 2.5, 4.5), layout="constrained")
     panels = figure.subplots(1, len(report["models"]), squeeze=False)[0]
     for axes, (name, model) in zip(panels, report["models"].items(), strict=True):
         for runtime in runtimes:
@@ -59,9 +61,17 @@ def plot(report: dict, runtimes: list[str], path: Path) -> None:
             ]
             if points:
                 ours = runtime.startswith("packed")
-                style = "-" if "bfloat16" in runtime else "--"
-                axes.plot(*zip(*points, strict=True), style, marker="o", label=runtime, linewidth=2.5 if ours else 1.2)
+                style = dict(
+                    color=colormaps["tab10"](libraries.index(runtime.partition("-")[0])),
+                    linestyle="-" if "bfloat16" in runtime else "--",
+                    marker="s" if "compiled" in runtime else "o",
+                    linewidth=2.5 if ours else 1.2,
+                )
+                axes.plot(*zip(*points, strict=True), label=runtime, **style)
         axes.set(title=name, xlabel="zeros in the linear layers, %", ylabel="tokens/s, batch 1", ylim=(0, None))
-        axes.legend(fontsize=7)
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"Decoding on {report['hardware']['threads']} cores, {report['date']}", fontsize=10)
     figure.savefig(path, dpi=150)
