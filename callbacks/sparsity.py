@@ -2,6 +2,7 @@
 
     Trainer(model, args, train_dataset=..., callbacks=[SparsityCallback(SparsityConfig(sparsity=0.75, method="rigl"))])
     Trainer(pruned_model, args, train_dataset=..., callbacks=[SparsityCallback()])     # keep the zeros there are
+    Trainer(SparseGPT2ForCausalLM(config), args, ..., callbacks=[SparsityCallback()])  # a new model whose config says how
 
 It calls what a custom loop would call (:mod:`hf_sparse.training.sparse_training`) at the Trainer's events and adds density,
 mask updates and FLOPs to the Trainer's log. It holds configuration only: the masks are buffers of the model, so the Trainer
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_sparse.callbacks.metrics import add_metrics, stand_before_reporters
-from hf_sparse.config import SparsityConfig
+from hf_sparse.config import CONFIG_KEY, SparsityConfig
 from hf_sparse.flops import FlopCounter
 from hf_sparse.masks import Masks
 from hf_sparse.training.densify import densify
@@ -42,8 +43,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ``callback.training.finish()`` before saving it.
 
     Args:
-        config: a :class:`hf_sparse.SparsityConfig` with a method, or a dict of its fields. None: the zeros that the model has
-            stay as they are.
+        config: a :class:`hf_sparse.SparsityConfig` with a method, or a dict of its fields. None: what the model's config
+            asks for, if it is one of :mod:`hf_sparse.models.sparse_configs` and was never trained sparse; else the zeros that
+            the model has stay as they are.
 
     Raises:
         ValueError: from the Trainer's constructor, before training: see :func:`hf_sparse.sparsify`; DeepSpeed and FSDP1.
@@ -68,6 +70,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         _check_arguments(args)
         if model is not None:
+            self.config = self.config or _asked_for(unwrapped(model))
             self.training = SparseTraining(unwrapped(model), self.config)
             self._place(unwrapped(model))
 
@@ -176,6 +179,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def _dense(self) -> float:
         return self.flops_dense if self._counter is None else self._counter.dense
+
+
+def _asked_for(model: nn.Module) -> SparsityConfig | None:
+    """The training in the config of a sparse model that has not been trained yet."""
+    config = getattr(model, "config", None)
+    ask = getattr(config, "sparsity_config", None)
+    return ask() if callable(ask) and getattr(config, CONFIG_KEY, None) is None else None
 
 
 def _saved(state, name: str, part: str) -> dict:

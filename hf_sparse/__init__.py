@@ -34,7 +34,9 @@ _EXPORTS = {
     "prune": "hf_sparse.pruning.prune",
     "repair": "hf_sparse.pruning.repair",
     "save_packed": "hf_sparse.formats",
+    "sparse_ift": "hf_sparse.models.ift",
     "sparsify": "hf_sparse.training.sparse_training",
+    "spectrum": "hf_sparse.models.spectral",
     "unpack": "hf_sparse.runtime.pack",
     "unpack_checkpoint": "hf_sparse.formats",
 }

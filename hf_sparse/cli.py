@@ -1,4 +1,4 @@
-"""The command line: prune, inspect, eval, bench, pack, unpack, export.
+"""The command line: prune, inspect, eval, bench, pack, unpack, export, spectral.
 
 Each command is one function that takes the parsed arguments and returns a dict; ``--json`` prints that dict as the only
 thing on standard output, otherwise a table is shown. Progress goes to standard error. Anything wrong with the arguments is
@@ -19,6 +19,7 @@ from hf_sparse.commands.export import run_export
 from hf_sparse.commands.measure import run_eval, run_inspect
 from hf_sparse.commands.pack import run_pack, run_unpack
 from hf_sparse.commands.prune import run_prune
+from hf_sparse.commands.spectral import run_spectral
 
 __all__ = ["main"]
 
@@ -251,6 +252,29 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     export.add_argument("--no-verify", action="store_true", help="do not load the output to compare it with the source")
     export.add_argument("--list", action="store_true", help="the targets, and what their runtimes do with zeros")
+
+    spectral = _command(
+        subparsers,
+        "spectral",
+        run_spectral,
+        "measure how well the masks of a model connect its layers (Ramanujan gaps)",
+        "hf-sparse spectral run/checkpoint-* --output spectra.json --plot spectra.png",
+    )
+    spectral.add_argument(
+        "path",
+        metavar="PATH",
+        nargs="+",
+        help="Hub id or model directory; several checkpoints of one training, or the directory that holds them",
+    )
+    spectral.add_argument("--targets", nargs="+", metavar="NAME", help="layers; default: all that could be sparse")
+    spectral.add_argument("--ignore", nargs="+", metavar="NAME", help="layers to leave out")
+    spectral.add_argument(
+        "--cheeger", action="store_true", help="weigh sub-graphs by max(nL, nR) / (nL + nR - 1), as some code does"
+    )
+    spectral.add_argument("--output", metavar="FILE", help="write the result as JSON")
+    spectral.add_argument("--plot", metavar="FILE", help="the gaps over layers, or over checkpoints, as an image")
+    spectral.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; default: cpu")
+    spectral.add_argument("--trust-remote-code", action="store_true", help="run the model repository's own code")
     return parser
 
 

@@ -7,8 +7,12 @@
 
 It is a way to train from scratch: no function-preserving start from a dense checkpoint exists for layers with an activation
 inside, so all weights are new. What stays dense is what the paper leaves dense: embeddings, the output head, the first layer
-on the input (a stem, a patch embedding), routers, depthwise convolutions, norms, biases. Nothing is retuned: learning rate,
-schedule and initialisation are those of the dense model.
+on the input (a stem, a patch embedding), routers, depthwise convolutions, norms, biases. Nothing is retuned: learning rate
+and schedule are those of the dense model. The 1x1 convolutions of shortcuts are replaced like any other, so that every layer
+keeps its cost; the released code masks them and leaves their shape.
+
+New layers start as the model's ``_init_weights`` starts a layer of their kind. What a class does beyond that for single layers
+(GPT-2's smaller ``c_proj``) is kept by :mod:`hf_sparse.models.sparse_gpt2`, not here.
 
 **Budget.** ``layer`` (the paper's) makes every replaced layer cost what it did, with the sparsity asked for. A wider model
 also has wider attention, stem and head, which are dense: whole-model FLOPs grow (1.47 times for GPT-2 Small at 75% and 2,048

@@ -146,6 +146,7 @@ def test_import_is_light():
         import transformers
         print("transformers.quantizers" in sys.modules)
         import transformers.quantizers
+        import transformers.models.auto.modeling_auto
         print(sum(type(f).__name__ == "_AfterImport" for f in sys.meta_path))
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
         print(AUTO_QUANTIZER_MAPPING["hf_sparse"].__module__)

@@ -4,7 +4,8 @@
 
 Two more rules keep the picture readable: nothing inside the package imports through the facade (``from hf_sparse import
 prune`` hides which floor it asks for; only ``hf_sparse/__init__.py`` itself and the users of the package do), and imports are
-absolute, so that ``callbacks/`` and ``hub_cards/`` are never loaded twice under two names.
+absolute, so that ``callbacks/`` and ``hub_cards/`` are never loaded twice under two names. Files that travel with a checkpoint
+as remote code import each other, and nothing else of the package, relatively: there is no ``hf_sparse`` where they arrive.
 """
 
 import ast
@@ -36,6 +37,10 @@ FLOORS: dict[str, list[str]] = {
     "runtime": ["runtime", "export", "integrations"],
     "surface": ["callbacks", "hub_cards", "cli", "commands", "__main__"],
 }
+TRAVELLING = [
+    f"hf_sparse.models.{name}"
+    for name in ("layers", "widths", "sparse_configs", "sparse_model", "sparse_llama", "sparse_gpt2", "sparse_resnet")
+]
 HEIGHT = {entry: height for height, floor in enumerate(FLOORS.values()) for entry in floor}
 FLOOR_OF = {entry: name for name, floor in FLOORS.items() for entry in floor}
 
@@ -66,6 +71,11 @@ def imported(tree: ast.AST, module: str) -> list[tuple[int, str, str]]:
             found += [(node.lineno, alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             if node.level:
+                package = module.rpartition(".")[0]
+                beside = f"{package}.{node.module}"
+                if node.level == 1 and module in TRAVELLING and beside in TRAVELLING:
+                    found += [(node.lineno, beside, alias.name) for alias in node.names]
+                    continue
                 raise AssertionError(f"{module}, line {node.lineno}: relative import; write hf_sparse.… in full")
             found += [(node.lineno, node.module or "", alias.name) for alias in node.names]
     for line, name, _ in found:
@@ -133,6 +143,17 @@ def test_the_rule_catches(source):
 def test_the_rule_allows():
     source = "import torch\nfrom hf_sparse.patterns import parse\nfrom hf_sparse.masks import Masks\n"
     assert violations("hf_sparse.pruning.prune", source) == []
+
+
+@pytest.mark.parametrize("module", TRAVELLING)
+def test_what_travels_imports_only_what_travels(module):
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    absolute = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    names = [node.module for node in absolute]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert not [name for name in names if name.split(".")[0] == "hf_sparse"]
+    with pytest.raises(AssertionError, match="relative import"):
+        violations(module, "from .ift import sparse_ift")
 
 
 @pytest.mark.parametrize("source", ["from . import masks", "from ..patterns import parse", "import callbacks.rigl"])
