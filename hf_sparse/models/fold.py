@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from hf_sparse.config import CONFIG_KEY
+from hf_sparse.models.ift import REPLACED
 from hf_sparse.models.layers import SparseDoped, SparseFactorized, SparseParallel
 
 __all__ = ["fold", "why_not_folded"]
@@ -166,6 +167,11 @@ def _note(model: nn.Module, folded: list[str], complete: bool) -> None:
         delattr(config, CONFIG_KEY)  # it names weights that are no longer there
     if hasattr(config, "sparse_ift"):
         del config.sparse_ift
+    replaced = getattr(config, "quantization_config", None)
+    if isinstance(replaced, dict) and replaced.get("quant_method") == REPLACED:
+        replaced["names"] = [name for name in replaced["names"] if name not in folded]
+        if not replaced["names"]:
+            del config.quantization_config
     if not hasattr(config, "folded"):
         return
     if complete:

@@ -5,6 +5,8 @@
     print(report)                                                            # what was replaced, FLOPs dense and sparse
     Trainer(model, args, callbacks=[SparsityCallback(report.config)], ...)   # masks come with the training
 
+The model saves and loads as before (``save_pretrained``, ``from_pretrained`` with hf_sparse imported; a wide one anywhere).
+
 It is a way to train from scratch: no function-preserving start from a dense checkpoint exists for layers with an activation
 inside, so all weights are new. What stays dense is what the paper leaves dense: embeddings, the output head, the first layer
 on the input (a stem, a patch embedding), routers, depthwise convolutions, norms, biases. Nothing is retuned: learning rate
@@ -35,6 +37,7 @@ from hf_sparse.targets import Target, find_targets
 __all__ = ["IFTReport", "default_inputs", "dense_by_default", "sparse_ift"]
 
 BUDGETS = ("layer", "model")
+REPLACED = "sparse_ift"  # the quant_method under which a config says which layers were replaced
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def sparse_ift(
         seed: of the masks.
 
     Raises:
-        ValueError: before the model is changed: an unknown family or budget, a sparsity the family has no layers for, a model
-            budget that the dense parts alone exceed.
+        ValueError: before the model is changed: a quantized model or one with replaced layers, an unknown family or budget, a
+            sparsity the family has no layers for, a model budget that the dense parts alone exceed.
     """
     if family not in FAMILIES:
         raise ValueError(f"family is one of {', '.join(FAMILIES)}, got {family!r}")
@@ -127,6 +130,10 @@ def sparse_ift(
     dense = sum(before.values())
     if not sparsity:
         return IFTReport(family, budget, 0.0, 0.0, {}, dense, dense, 1.0, None)
+    if hasattr(getattr(model, "config", None), "quantization_config"):
+        raise ValueError(
+            "this model is quantized, or its layers were replaced already; start from the stock architecture"
+        )
     kept_dense = [*ignore, *dense_by_default(model, targets)]
     original = find_targets(model, targets, kept_dense)
     of_layers = sum(before.get(name, 0.0) for name in original)
@@ -174,6 +181,10 @@ def sparse_ift(
         _initialise(model, names)
     if hasattr(model, "config"):
         model.config.sparse_ift = dict(family=family, sparsity=float(sparsity), budget=budget)
+        if family != "wide":  # for whoever loads it with a class that has other layers: integrations.replaced_layers
+            how = dict(names=names, branch_activation=branch_activation, sparse_u_only=sparse_u_only)
+            note = dict(quant_method=REPLACED, family=family, sparsity=float(sparsity), **how)
+            model.config.quantization_config = note
     return IFTReport(family, budget, float(sparsity), used, details, dense, total, inside / of_layers, config)
 
 
