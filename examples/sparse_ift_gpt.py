@@ -76,6 +76,9 @@ def main() -> None:
         name: value for name, value in vars(arguments).items() if name not in ("runs", "output", "text", "validation")
     }
     settings |= {"text": [path.name for path in arguments.text], "validation": arguments.validation.name}
+    before = {name: value for name, value in content.get("settings", settings).items() if name != "seeds"}
+    if content["runs"] and before != {name: value for name, value in settings.items() if name != "seeds"}:
+        sys.exit(f"{arguments.output} holds runs of other settings; give another --output")
     content |= {"settings": settings, "device": device_name(device), "versions": versions()}
     content["command"] = " ".join(["python", "examples/sparse_ift_gpt.py", *(Path(word).name for word in sys.argv[1:])])
     for seed in arguments.seeds:

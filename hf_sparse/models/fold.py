@@ -23,12 +23,11 @@ from torch import nn
 
 from hf_sparse.config import CONFIG_KEY
 from hf_sparse.models.ift import REPLACED
-from hf_sparse.models.layers import SparseDoped, SparseFactorized, SparseParallel
+from hf_sparse.models.layers import KINDS, SparseDoped, SparseFactorized, SparseParallel
 
 __all__ = ["fold", "why_not_folded"]
 
 logger = logging.getLogger(__name__)
-_KINDS = (SparseParallel, SparseFactorized, SparseDoped)
 
 
 def why_not_folded(model: nn.Module) -> dict[str, str]:
@@ -74,7 +73,7 @@ def fold(model: nn.Module) -> int:
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, _KINDS) and name}
+    return {name: module for name, module in model.named_modules() if isinstance(module, KINDS) and name}
 
 
 def _reason(layer: nn.Module) -> str | None:

@@ -30,7 +30,7 @@ from torch import nn
 
 from hf_sparse.config import SparsityConfig
 from hf_sparse.flops import forward_flops
-from hf_sparse.models.layers import FAMILIES, exact, masked_weights, transform_layers
+from hf_sparse.models.layers import FAMILIES, KINDS, exact, masked_weights, transform_layers
 from hf_sparse.models.widths import wide_config
 from hf_sparse.targets import Target, find_targets
 
@@ -130,10 +130,12 @@ def sparse_ift(
     dense = sum(before.values())
     if not sparsity:
         return IFTReport(family, budget, 0.0, 0.0, {}, dense, dense, 1.0, None)
-    if hasattr(getattr(model, "config", None), "quantization_config"):
-        raise ValueError(
-            "this model is quantized, or its layers were replaced already; start from the stock architecture"
-        )
+    config = getattr(model, "config", None)
+    sparse_already = getattr(config, "family", None) and getattr(config, "sparsity", 0.0)
+    if sparse_already or getattr(config, "sparse_ift", None) or any(isinstance(m, KINDS) for m in model.modules()):
+        raise ValueError("the layers of this model were replaced or widened already; start from the stock architecture")
+    if hasattr(config, "quantization_config"):
+        raise ValueError("this model is quantized; start from one with plain weights")
     kept_dense = [*ignore, *dense_by_default(model, targets)]
     original = find_targets(model, targets, kept_dense)
     of_layers = sum(before.get(name, 0.0) for name in original)
@@ -153,8 +155,8 @@ def sparse_ift(
     of_masked = sum(after.get(name, 0.0) for name in sparse)
     rest = sum(after.values()) - of_masked
     used = float(sparsity)
-    if family == "wide" and head_multiple > 1:
-        used = 1.0 - of_layers / of_masked
+    if family == "wide" and budget == "layer":
+        used = _widened_share(model, of_layers, of_masked, used, solved=bool(widths) or head_multiple > 1)
     if budget == "model":
         used = 1.0 - (dense - rest) / of_masked
         if not 0 <= used < 1:
@@ -186,6 +188,24 @@ def sparse_ift(
             note = dict(quant_method=REPLACED, family=family, sparsity=float(sparsity), **how)
             model.config.quantization_config = note
     return IFTReport(family, budget, float(sparsity), used, details, dense, total, inside / of_layers, config)
+
+
+def _widened_share(model: nn.Module, of_layers: float, of_masked: float, sparsity: float, solved: bool) -> float:
+    """The sparsity of the masks of a widened model under the ``layer`` budget.
+
+    Raises:
+        ValueError: the layers got narrower, or some did not grow because their widths are not known.
+    """
+    if solved:
+        sparsity = 1.0 - of_layers / of_masked
+    share = of_masked * (1 - sparsity) / of_layers
+    truncated = not getattr(model.config, "num_attention_heads", None)  # convolutions: widths are cut, as published
+    if sparsity < 0 or (share < 0.97 and not truncated):
+        raise ValueError(
+            f"the layers of {type(model).__name__} would cost {share:.3f} of what they did: not all of its widths are known "
+            "here. Give them: widths={'field': value, ...}"
+        )
+    return sparsity
 
 
 def default_inputs(model: nn.Module) -> dict[str, tuple[int, ...]]:

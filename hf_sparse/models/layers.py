@@ -28,6 +28,7 @@ from torch import nn
 
 __all__ = [
     "FAMILIES",
+    "KINDS",
     "SparseDoped",
     "SparseFactorized",
     "SparseParallel",
@@ -177,6 +178,7 @@ class SparseDoped(nn.Module):
         return f"rank={self.rank}"
 
 
+KINDS = (SparseParallel, SparseFactorized, SparseDoped)
 _CLASSES = {"parallel": SparseParallel, "factorized": SparseFactorized, "doped": SparseDoped}
 
 
@@ -212,9 +214,14 @@ def transform_layers(
     if sparse_u_only and family != "factorized":
         raise ValueError(f"sparse_u_only belongs to the factorized family, not to {family!r}")
     made = {}
+    paths: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(name)
     for name in names:
         layer = model.get_submodule(name)
         _shape(layer)  # raises
+        if len(shared := paths[id(layer)]) > 1:
+            raise ValueError(f"one layer is used under several names, {' and '.join(shared)}: ignore them")
         convolution = isinstance(layer, nn.Conv2d)
         options = {"norm": convolution and branch_activation is not False}
         if branch_activation is True:

@@ -22,6 +22,8 @@ from torch import nn
 
 from hf_sparse.config import SparsityConfig
 from hf_sparse.methods import METHODS
+from hf_sparse.models.ift import dense_by_default
+from hf_sparse.models.layers import KINDS
 from hf_sparse.pruning.plan import make_plan
 from hf_sparse.targets import find_targets
 
@@ -47,7 +49,8 @@ def supar_parameters(
         base_width: hidden size of the tuned model.
 
     Raises:
-        ValueError: a method that moves masks, a width or learning rate that is not positive, a model without a width.
+        ValueError: a method that moves masks, layers of a family other than wide, a width or learning rate that is not
+            positive, a model without a width.
     """
     if config.method is None or METHODS[config.method].is_dynamic:
         raise ValueError(
@@ -58,6 +61,10 @@ def supar_parameters(
             f"learning_rate and base_width are positive and base_sparsity in [0, 1), got {learning_rate}, {base_width}, "
             f"{base_sparsity}"
         )
+    if any(isinstance(module, KINDS) for module in model.modules()):
+        raise ValueError(
+            "widths say nothing of branches and ranks: only wide models are scaled, not the other families"
+        )
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(
@@ -66,7 +73,7 @@ def supar_parameters(
     plan = make_plan(model, config, find_targets(model, config.targets, config.ignore), None)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     hidden = {}
-    for name in find_targets(model):
+    for name in find_targets(model, None, dense_by_default(model, None)):  # a stem's inputs do not grow with the width
         sparsity = plan[name][1] if name in plan else base_sparsity
         multiple = width / base_width * (1 - sparsity) / (1 - base_sparsity)
         hidden[name] = multiple

@@ -18,7 +18,9 @@ from .layers import exact
 __all__ = ["scaled_width", "wide_config"]
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
-_INNER = ("intermediate_size", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "ffn_hidden_size")
+_INNER += ("moe_intermediate_size", "shared_expert_intermediate_size")
+_HEADS = ("head_dim", "d_kv")
 _SAME = ("word_embed_proj_dim", "embedding_size")  # where they equal the width, they follow it
 
 
@@ -82,12 +84,12 @@ def _wider(config, sparsity: float, head_multiple: int, known: bool) -> dict:
     for same in _SAME:
         if _own(config, same) == width:
             found[same] = new
-    head = _own(config, "head_dim")
-    if isinstance(head, int):
-        found["head_dim"] = new // heads if head * heads == width else scaled_width(head, sparsity, multiple=step)
+    for name in _HEADS:
+        if isinstance(head := _own(config, name), int):
+            found[name] = new // heads if head * heads == width else scaled_width(head, sparsity, multiple=step)
     return found
 
 
 def _own(config, name: str):
-    """A field under the name it is stored by; None for an alias (``hidden_size`` of GPT-2 is ``n_embd``)."""
-    return None if name in getattr(config, "attribute_map", {}) else getattr(config, name, None)
+    """A field under the name it is stored by; None for an alias (``hidden_size`` of GPT-2 is ``n_embd``) or a property."""
+    return vars(config).get(name)

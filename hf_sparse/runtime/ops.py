@@ -57,7 +57,7 @@ def _keep_for_backward(ctx, inputs, output):
 
 def _backward(ctx, gradient):
     weight = _layer_of(ctx.saved_tensors[0]).dense()
-    of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+    of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
     return gradient @ weight.to(gradient.dtype), None, of_bias, None
 
 

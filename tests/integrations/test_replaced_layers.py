@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     GPT2Config,
@@ -70,5 +71,17 @@ def test_folded_models_are_stock_again(tmp_path):
 def test_layers_are_replaced_once():
     model = MODELS["gpt2"][0]()
     sparse_ift(model, "parallel", 0.5)
-    with pytest.raises(ValueError, match="replaced already"):
+    with pytest.raises(ValueError, match="widened already"):
         sparse_ift(model, "doped", 0.75)
+
+
+def test_loads_with_another_head_or_none(tmp_path):
+    model = MODELS["gpt2"][0]().eval()
+    sparse_ift(model, "doped", 0.75, inputs={"input_ids": (1, 8)})
+    model.save_pretrained(tmp_path / "head")
+    ids = MODELS["gpt2"][2]
+    base = AutoModel.from_pretrained(tmp_path / "head")
+    assert torch.equal(base(**ids).last_hidden_state, model.transformer(**ids).last_hidden_state)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(again.transformer(**ids).last_hidden_state, base(**ids).last_hidden_state)

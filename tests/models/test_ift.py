@@ -6,20 +6,25 @@ import math
 import pytest
 import torch
 from transformers import (
+    FalconConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
+    Qwen2MoeConfig,
     ResNetConfig,
     ResNetForImageClassification,
+    T5Config,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from hf_sparse.flops import forward_flops, sparse_flops
 from hf_sparse.models.ift import sparse_ift
+from hf_sparse.models.layers import transform_layers
+from hf_sparse.models.sparse_gpt2 import SparseGPT2Config, SparseGPT2ForCausalLM
 from hf_sparse.models.widths import wide_config
 from hf_sparse.targets import find_targets
 from hf_sparse.training.sparse_training import sparsify
@@ -27,6 +32,7 @@ from hf_sparse.training.sparse_training import sparsify
 IMAGE = {"pixel_values": (1, 3, 64, 64)}
 RESNET = dict(embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[2, 2, 2, 2], layer_type="basic", num_labels=10)
 TEXT = dict(vocab_size=256, max_position_embeddings=64, num_hidden_layers=2)
+TINY = dict(n_embd=24, n_head=2, n_layer=1, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0)
 MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=48, n_head=4, n_layer=2, vocab_size=256, n_positions=64)),
     "llama": lambda: LlamaForCausalLM(
@@ -116,6 +122,40 @@ def test_rounded_widths_have_more_zeros():
     assert model.config.n_embd == 96 and report.sparsity == 0.75 and report.layer_ratio == pytest.approx(1.0)
     with pytest.raises(ValueError, match="belong to the wide family"):
         sparse_ift(MODELS["gpt2"](), "doped", 0.5, head_multiple=8)
+
+
+def test_widths_that_are_given_are_paid_for():
+    report = sparse_ift(MODELS["gpt2"](), "wide", 0.5, widths={"n_embd": 96}, inputs={"input_ids": (1, 64)})
+    assert report.sparsity == 0.75 and report.layer_ratio == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="not all of its widths are known"):
+        sparse_ift(MODELS["gpt2"](), "wide", 0.5, widths={"n_embd": 32}, inputs={"input_ids": (1, 64)})
+
+
+def test_widths_of_other_architectures():
+    wide = wide_config(T5Config(), 0.75)
+    assert (wide.d_model, wide.d_ff, wide.d_kv) == (1024, 4096, 128)
+    assert wide_config(FalconConfig(), 0.75).hidden_size == 2 * FalconConfig().hidden_size
+    moe = Qwen2MoeConfig(), wide_config(Qwen2MoeConfig(), 0.75)
+    assert moe[1].moe_intermediate_size == 2 * moe[0].moe_intermediate_size
+
+
+def test_only_once():
+    for make in (
+        MODELS["gpt2"],
+        lambda: SparseGPT2ForCausalLM(SparseGPT2Config(**TINY, family="parallel", sparsity=0.5)),
+    ):
+        model = make()
+        if not model.config.to_dict().get("family"):
+            sparse_ift(model, "wide", 0.75, inputs={"input_ids": (1, 8)})
+        with pytest.raises(ValueError, match="replaced or widened already"):
+            sparse_ift(model, "wide", 0.75, inputs={"input_ids": (1, 8)})
+
+
+def test_a_layer_under_two_names():
+    model = torch.nn.Module()
+    model.a = model.b = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="under several names, a and b"):
+        transform_layers(model, "parallel", 0.5, ["a"])
 
 
 def test_what_stays_dense():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from hf_sparse.config import SparsityConfig
+from hf_sparse.models.ift import sparse_ift
 from hf_sparse.models.supar import supar_parameters
 from hf_sparse.training.sparse_training import sparsify
 
@@ -70,3 +71,17 @@ def test_it_says_what_it_is_for():
     with pytest.raises(ValueError, match="hidden_size"):
         supar_parameters(torch.nn.Linear(2, 2), SparsityConfig(method="static"), learning_rate=1e-3, base_width=BASE)
     assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, before)
+
+
+def test_layers_on_the_input_keep_their_start():
+    """The inputs of a patch embedding do not grow with the width."""
+    config = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
+    model = ViTForImageClassification(ViTConfig(**config, image_size=16, patch_size=8))
+    patches = model.vit.embeddings.patch_embeddings.projection.weight
+    before = patches.clone()
+    groups = supar_parameters(model, SparsityConfig(sparsity=0.75, method="static"), learning_rate=1e-3, base_width=32)
+    assert torch.equal(patches, before)
+    assert next(group["lr"] for group in groups if any(p is patches for p in group["params"])) == 1e-3
+    sparse_ift(model, "parallel", 0.5)
+    with pytest.raises(ValueError, match="only wide models"):
+        supar_parameters(model, SparsityConfig(method="static"), learning_rate=1e-3, base_width=32)

@@ -92,6 +92,9 @@ def test_gradients_reach_the_input_and_the_bias():
         module(x).square().sum().backward()
         results.append((x.grad, module.bias.grad))
     torch.testing.assert_close(results[1], results[0])
+    single = torch.randn(40, requires_grad=True)
+    packed(single).sum().backward()
+    torch.testing.assert_close(single.grad, layer.weight.sum(0))
     operator = torch.ops.hf_sparse.packed_linear.default
     # torch.library.opcheck hands over copies, and no copy of a handle stands for a layer: its checks are made by hand
     x = torch.randn(2, 3, 40)
