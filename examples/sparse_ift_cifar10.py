@@ -75,6 +75,9 @@ def parse() -> argparse.Namespace:
         vars(arguments).update(TINY)
     if not (arguments.data or arguments.synthetic or arguments.report):
         parser.error("--data FOLDER names the images; --tiny makes some up")
+    for part in ("train", "test") if arguments.data and not (arguments.synthetic or arguments.report) else ():
+        if not (file := arguments.data / f"cifar10_{part}.parquet").is_file():
+            parser.error(f"no such file: {file}")
     return arguments
 
 

@@ -30,7 +30,8 @@ from torch import nn
 
 from hf_sparse.config import SparsityConfig
 from hf_sparse.flops import forward_flops
-from hf_sparse.models.layers import FAMILIES, KINDS, exact, masked_weights, transform_layers
+from hf_sparse.models.layers import FAMILIES, KINDS, masked_weights, transform_layers
+from hf_sparse.models.ranks import exact
 from hf_sparse.models.widths import wide_config
 from hf_sparse.targets import Target, find_targets
 
@@ -164,7 +165,7 @@ def sparse_ift(
                 f"what stays dense costs {rest:.4g} FLOPs after the change, the whole dense model {dense:.4g}: no sparsity "
                 f"of the {family} layers keeps the model's budget. Use budget='layer' or a lower sparsity"
             )
-    config = SparsityConfig(
+    training = SparsityConfig(
         sparsity=used,
         method=method,
         schedule=schedule or {},
@@ -187,7 +188,7 @@ def sparse_ift(
             how = dict(names=names, branch_activation=branch_activation, sparse_u_only=sparse_u_only)
             note = dict(quant_method=REPLACED, family=family, sparsity=float(sparsity), **how)
             model.config.quantization_config = note
-    return IFTReport(family, budget, float(sparsity), used, details, dense, total, inside / of_layers, config)
+    return IFTReport(family, budget, float(sparsity), used, details, dense, total, inside / of_layers, training)
 
 
 def _widened_share(model: nn.Module, of_layers: float, of_masked: float, sparsity: float, solved: bool) -> float:

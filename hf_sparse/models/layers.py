@@ -6,8 +6,8 @@ With sparsity s, a dense layer ``y = W x`` of fan-in n and m outputs (a convolut
     factorized   y = V act(U x)                   rank d = n m / ((n + m)(1 - s)), U and V of sparsity s
     doped        y = V U x + act(W x)             rank d = s n m / (n + m), W of sparsity s, U and V dense
 
-The fourth member, ``wide``, has wider layers instead of other ones (``widths.py``). Ranks are computed exactly, in fractions
-(as floats, ``1 / (1 - 0.9)`` is a little more than 10), rounded up for factorized and down for doped, as in the released code.
+The fourth member, ``wide``, has wider layers instead of other ones (``widths.py``); the numbers of branches and ranks are those
+of ``ranks.py``.
 
 ``act`` is the nonlinearity that follows the dense layer: batch norm and ReLU for a convolution, the activation of an MLP for
 its first linear layer, nothing for projections that none follows. The paper's figure has it in the branches; of its released
@@ -15,16 +15,16 @@ files the one for ImageNet does, the one for CIFAR mostly does not: ``branch_act
 only) or False. The model's own norm and activation stay where they were, after the layer. For convolutions, U has the
 kernel and the stride, and V is 1x1.
 
-This file needs only torch (and transformers, for GPT-2's ``Conv1D``): it travels with checkpoints that are loaded without
-hf_sparse.
+This file needs only torch (and transformers, for GPT-2's ``Conv1D``) and the file of ranks beside it: they travel with
+checkpoints that are loaded without hf_sparse.
 """
 
 import copy
-import math
-from fractions import Fraction
 
 import torch
 from torch import nn
+
+from .ranks import doped_rank, factorized_rank, parallel_branches
 
 __all__ = [
     "FAMILIES",
@@ -32,58 +32,12 @@ __all__ = [
     "SparseDoped",
     "SparseFactorized",
     "SparseParallel",
-    "doped_rank",
-    "factorized_rank",
     "joint_weight_decay",
     "masked_weights",
-    "parallel_branches",
     "transform_layers",
 ]
 
 FAMILIES = ("wide", "parallel", "factorized", "doped")
-
-
-# ------------------------------------------------------------------------------------------------------------ arithmetic
-
-
-def exact(sparsity: float) -> Fraction:
-    """The decimal number somebody wrote: 9/10 for 0.9.
-
-    Raises:
-        ValueError: it is outside [0, 1).
-    """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is the fraction of zeros and lies in [0, 1), got {sparsity!r}")
-    return Fraction(str(sparsity))
-
-
-def parallel_branches(sparsity: float) -> int:
-    """How many branches of this sparsity cost what one dense layer does.
-
-    Raises:
-        ValueError: 1 / (1 - sparsity) is no whole number.
-    """
-    branches = 1 / (1 - exact(sparsity))
-    whole = round(branches)
-    if abs(branches - whole) > Fraction(1, 1000):
-        near = sorted({1 - Fraction(1, n) for n in (math.floor(branches), math.ceil(branches))})
-        raise ValueError(
-            f"the parallel family needs a whole number of branches, 1 / (1 - sparsity); sparsity {sparsity:g} gives "
-            f"{float(branches):.3f}. The nearest that fit are {' and '.join(f'{float(s):.6g}' for s in near)}"
-        )
-    return whole
-
-
-def factorized_rank(fan_in: int, out: int, sparsity: float, sparse_u_only: bool = False) -> int:
-    """The rank d at which sparse U [d, fan_in] and V [out, d] cost what ``out x fan_in`` dense weights do, rounded up."""
-    density = 1 - exact(sparsity)
-    of_one_rank = density * fan_in + out if sparse_u_only else density * (fan_in + out)
-    return math.ceil(fan_in * out / of_one_rank)
-
-
-def doped_rank(fan_in: int, out: int, sparsity: float) -> int:
-    """The rank d at which dense U [d, fan_in] and V [out, d] cost what the zeros of W save, rounded down."""
-    return math.floor(exact(sparsity) * fan_in * out / (fan_in + out))
 
 
 # ---------------------------------------------------------------------------------------------------------------- layers

@@ -28,7 +28,8 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.resnet.configuration_resnet import ResNetConfig
 
-from .layers import FAMILIES, exact, parallel_branches
+from .layers import FAMILIES
+from .ranks import exact, parallel_branches
 from .widths import wide_config
 
 __all__ = ["SparseGPT2Config", "SparseLlamaConfig", "SparseResNetConfig"]

@@ -13,7 +13,7 @@ their ratio to the width. A convolutional network multiplies its first width by 
 import copy
 import math
 
-from .layers import exact
+from .ranks import exact
 
 __all__ = ["scaled_width", "wide_config"]
 

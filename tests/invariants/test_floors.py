@@ -39,7 +39,16 @@ FLOORS: dict[str, list[str]] = {
 }
 TRAVELLING = [
     f"hf_sparse.models.{name}"
-    for name in ("layers", "widths", "sparse_configs", "sparse_model", "sparse_llama", "sparse_gpt2", "sparse_resnet")
+    for name in (
+        "ranks",
+        "layers",
+        "widths",
+        "sparse_configs",
+        "sparse_model",
+        "sparse_llama",
+        "sparse_gpt2",
+        "sparse_resnet",
+    )
 ]
 HEIGHT = {entry: height for height, floor in enumerate(FLOORS.values()) for entry in floor}
 FLOOR_OF = {entry: name for name, floor in FLOORS.items() for entry in floor}

@@ -11,13 +11,11 @@ from hf_sparse.models.layers import (
     SparseDoped,
     SparseFactorized,
     SparseParallel,
-    doped_rank,
-    factorized_rank,
     joint_weight_decay,
     masked_weights,
-    parallel_branches,
     transform_layers,
 )
+from hf_sparse.models.ranks import doped_rank, factorized_rank, parallel_branches
 from hf_sparse.targets import find_targets
 
 SPARSITIES = (0.5, 0.75, 0.9)

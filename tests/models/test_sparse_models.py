@@ -28,8 +28,9 @@ from hf_sparse.callbacks.sparsity import SparsityCallback
 from hf_sparse.config import CONFIG_KEY, SparsityConfig
 from hf_sparse.formats import save_packed
 from hf_sparse.models.ift import dense_by_default, sparse_ift
-from hf_sparse.models.layers import SparseParallel, parallel_branches
+from hf_sparse.models.layers import SparseParallel
 from hf_sparse.models.paper_flops import paper_flops
+from hf_sparse.models.ranks import parallel_branches
 from hf_sparse.models.sparse_gpt2 import SparseGPT2Config, SparseGPT2ForCausalLM, SparseGPT2Model
 from hf_sparse.models.sparse_llama import SparseLlamaConfig, SparseLlamaForCausalLM, SparseLlamaModel
 from hf_sparse.models.sparse_resnet import SparseResNetConfig, SparseResNetForImageClassification, SparseResNetModel
