@@ -16,11 +16,13 @@ from hf_sparse.integrations import register as _register
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "ExpertScores": "hf_sparse.pruning.expert_scores",
     "Masks": "hf_sparse.masks",
     "SparsityConfig": "hf_sparse.config",
     "SparsityReport": "hf_sparse.report",
     "SparseTraining": "hf_sparse.training.sparse_training",
     "densify": "hf_sparse.training.densify",
+    "find_mixtures": "hf_sparse.mixtures",
     "find_targets": "hf_sparse.targets",
     "inspect_checkpoint": "hf_sparse.inspection",
     "load_model": "hf_sparse.loading",
@@ -32,8 +34,10 @@ _EXPORTS = {
     "parse_pattern": "hf_sparse.patterns",
     "perplexity": "hf_sparse.evaluation",
     "prune": "hf_sparse.pruning.prune",
+    "prune_experts": "hf_sparse.pruning.experts",
     "repair": "hf_sparse.pruning.repair",
     "save_packed": "hf_sparse.formats",
+    "score_experts": "hf_sparse.pruning.expert_scores",
     "sparse_ift": "hf_sparse.models.ift",
     "sparsify": "hf_sparse.training.sparse_training",
     "spectrum": "hf_sparse.models.spectral",

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-__all__ = ["Target", "find_targets", "match_names"]
+__all__ = ["Target", "expert_parameters", "find_targets", "match_names"]
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def _candidates(model: nn.Module) -> dict[str, tuple[Target, bool]]:
     found: dict[str, tuple[Target, bool]] = {}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        if _expert_parameters(module):
-            expert_counts[module_name] = next(iter(_expert_parameters(module).values())).shape[0]
+        if expert_parameters(module):
+            expert_counts[module_name] = next(iter(expert_parameters(module).values())).shape[0]
     adapters = _adapter_modules(model)
     for module_name, module in model.named_modules():
         if module_name in adapters:
@@ -182,14 +182,14 @@ def _weights(module: nn.Module, model: nn.Module):
             yield "weight", weight, "conv", (weight.shape[0], weight.shape[1:].numel())
         elif _class_name(module) == "Conv1D" and weight.dim() == 2:  # transformers' GPT-2 layer, y = x @ weight + bias
             yield "weight", weight, "transposed", (weight.shape[1], weight.shape[0])
-    for attribute, parameter in _expert_parameters(module).items():
+    for attribute, parameter in expert_parameters(module).items():
         transposed = _expert_is_transposed(module, attribute, parameter)
         experts, first, second = parameter.shape
         shape = (experts, second, first) if transposed else (experts, first, second)
         yield attribute, parameter, "transposed" if transposed else "matrix", shape
 
 
-def _expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The fused 3-D expert weights of a module: first dimension = the number of experts the module states."""
     count = getattr(module, "num_experts", None)
     if not isinstance(count, int):

@@ -26,6 +26,7 @@ from hf_sparse.config import CONFIG_KEY, SparsityConfig
 from hf_sparse.instruments import Timer, device_name, peak_memory, progress_bar, reset_peak_memory, versions
 from hf_sparse.masks import Masks
 from hf_sparse.patterns import NM
+from hf_sparse.pruning.checks import check_placement, check_tokens, check_weights
 from hf_sparse.pruning.group import Outcome, label, prune_group
 from hf_sparse.pruning.measure import summarize
 from hf_sparse.pruning.permute import choose_permutation, permute_hidden_units, producers_of
@@ -87,11 +88,7 @@ def prune(
     home = next(model.parameters()).device
     device = torch.device(device or home)
     storage = torch.device(storage or device)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            "the model has weights on the meta device (never loaded, or offloaded by device_map); load all of them to the "
-            "CPU and let the layers visit an accelerator with device='cuda'"
-        )
+    check_placement(model, looks_at_data(config))
     timer = Timer(device)
     reset_peak_memory(device)
 
@@ -99,11 +96,6 @@ def prune(
     needs = data_needs(config)
     notes: list[str] = []
     stack = None
-    if looks_at_data(config) and len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        raise ValueError(
-            "device_map spread this model over several devices; load it on one (the CPU, say) and let its layers visit the "
-            "accelerator with device='cuda'"
-        )
     if needs in ("inputs", "hessian") or config.allocation == "owl":
         stack = find_decoder_layers(model)
         outside = [name for name in targets if not name.startswith(stack[0] + ".")]
@@ -123,14 +115,14 @@ def prune(
         # a mean over |gradients| depends on how samples are grouped: one by one, whatever the device
         step = 1 if needs == "gradient" else _TOKENS_PER_STEP.get(device.type, 2048)
         batches = as_batches(batches, step)
-        _check_tokens(model, batches)
+        check_tokens(model, batches)
     else:
         also = "".join(f" and {name}" for name in ("repair", "permute") if getattr(config, name))
         raise ValueError(
             f"saliency {label(config.saliency)!r} with allocation {config.allocation!r}{also} looks at data; give "
             "calibration batches"
         )
-    _check_weights(model, targets)
+    check_weights(model, targets)
 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -170,37 +162,6 @@ def prune(
             "tokens": sum(b["input_ids"].numel() for b in batches),
         }
     return report
-
-
-def _check_tokens(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
-    """Before any work: on an accelerator a position or a token outside its table is an assertion that ends the process."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    positions = getattr(config, "max_position_embeddings", None)
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
-    if isinstance(positions, int) and longest > positions:
-        raise ValueError(f"the model has {positions} positions; calibration sequences of {longest} tokens are too long")
-    rows = len(model.get_input_embeddings().weight)
-    low, high = (f(int(f_(b["input_ids"])) for b in batches) for f, f_ in ((min, torch.min), (max, torch.max)))
-    if low < 0 or high >= rows:
-        raise ValueError(
-            f"the calibration data has token ids from {low} to {high}, but the model's embedding has {rows} rows; was it "
-            "tokenised with this model's tokenizer?"
-        )
-
-
-def _check_weights(model: nn.Module, targets: dict[str, Target]) -> None:
-    for name in targets:
-        weight = model.get_parameter(name)
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise ValueError(
-                f"{name} is stored as {str(weight.dtype).removeprefix('torch.')}: a quantized model cannot be pruned; load it "
-                "dequantized, in bfloat16, say"
-            )
-        if not bool(weight.isfinite().all()):
-            bad = int((~weight.isfinite()).sum())
-            raise ValueError(
-                f"{name} holds {bad} values that are NaN or infinite; nothing was pruned. Check the checkpoint"
-            )
 
 
 # ------------------------------------------------------------------------------------------------------- the loop itself

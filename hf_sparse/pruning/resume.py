@@ -13,7 +13,7 @@ from torch import nn
 from hf_sparse.atomic import atomic_directory
 from hf_sparse.config import SparsityConfig
 
-__all__ = ["FinishedLayers"]
+__all__ = ["FinishedLayers", "fingerprint"]
 
 
 class FinishedLayers:
@@ -25,11 +25,12 @@ class FinishedLayers:
 
     def __init__(self, path: str | Path, model: nn.Module, config: SparsityConfig, batches: list[dict]):
         self.path = Path(path)
-        fingerprint = _fingerprint(model, config, batches)
-        mark = self.path / "run.json"
-        if mark.is_file():
-            earlier = json.loads(mark.read_text())
-            different = [key for key, value in fingerprint.items() if earlier.get(key) != value]
+        content = {key: value for key, value in config.to_dict().items() if key != "provenance"}
+        mark = fingerprint(model, batches, content)
+        file = self.path / "run.json"
+        if file.is_file():
+            earlier = json.loads(file.read_text())
+            different = [key for key, value in mark.items() if earlier.get(key) != value]
             if different:
                 raise ValueError(
                     f"{self.path} holds the progress of another run: its {' and '.join(different)} differ. "
@@ -39,7 +40,7 @@ class FinishedLayers:
             raise ValueError(f"{self.path} is there and holds no progress of a run; choose another directory")
         else:
             with atomic_directory(self.path, overwrite=True) as directory:
-                (directory / "run.json").write_text(json.dumps(fingerprint, indent=1))
+                (directory / "run.json").write_text(json.dumps(mark, indent=1))
 
     def _layer(self, index: int) -> Path:
         return self.path / f"layer-{index:05d}"
@@ -76,7 +77,8 @@ class FinishedLayers:
             (directory / "facts.json").write_text(json.dumps(facts))
 
 
-def _fingerprint(model, config, batches) -> dict[str, str]:
+def fingerprint(model: nn.Module, batches: list[dict], content: dict) -> dict[str, str]:
+    """What tells one run from another: its settings, its data, its model."""
     data = hashlib.sha256()
     for batch in batches:
         for key in sorted(batch):
@@ -85,7 +87,6 @@ def _fingerprint(model, config, batches) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         weights.update(f"{name} {parameter.dtype}".encode())
         weights.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    content = {key: value for key, value in config.to_dict().items() if key != "provenance"}
     return {
         "config": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         "calibration data": data.hexdigest(),
