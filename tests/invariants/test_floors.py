@@ -29,6 +29,7 @@ FLOORS: dict[str, list[str]] = {
         "methods",
         "masks",
         "flops",
+        "mixtures",
         "atomic",
         "instruments",
     ],
