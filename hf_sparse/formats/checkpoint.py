@@ -26,9 +26,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from hf_sparse.atomic import atomic_directory, atomic_write_text, require_free_space
+from hf_sparse.formats.directory import (
+    INDEX,
+    copy_files,
+    open_weights,
+    other_files,
+    read_config,
+    require_apart,
+    weight_files,
+    write_json,
+)
 from hf_sparse.formats.pack import GROUP_SIZES, choose, pack_tensor
 from hf_sparse.formats.safetensors_stream import Entry, write_safetensors
 from hf_sparse.formats.unpack import FORMAT_VERSION, Header, PackedTensorError, check_packed, is_packed, unpack_tensor
@@ -36,7 +45,6 @@ from hf_sparse.masks import training_companions
 
 __all__ = ["PackReport", "pack_checkpoint", "plan_checkpoint", "remote_code", "save_packed", "unpack_checkpoint"]
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 REMOTE_CODE, CONFIG_CLASS = "configuration_hf_sparse.py", "HfSparseConfig"
 MODEL_TYPE = QUANT_METHOD = "hf_sparse"
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -78,7 +86,7 @@ class _Tensor:
 def plan_checkpoint(src_dir: str | os.PathLike, *, min_saving: float = 0.1) -> PackReport:
     """What :func:`pack_checkpoint` would do to ``src_dir``, reading every weight once and writing nothing."""
     src = Path(src_dir)
-    config = _read_config(src)
+    config = read_config(src)
     _require_plain(src, config)
     return _report(_plan(src, min_saving, config))
 
@@ -102,15 +110,15 @@ def pack_checkpoint(
         OSError: not enough disk space.
     """
     src = Path(src_dir)
-    config = _read_config(src)
+    config = read_config(src)
     _require_plain(src, config)
     if not 0.0 <= min_saving < 1.0:
         raise ValueError(f"min_saving is a share of the bytes and lies in [0, 1), got {min_saving}")
-    _require_apart(src, Path(out_dir))
+    require_apart(src, Path(out_dir))
     with atomic_directory(out_dir, overwrite) as staging:
         plan = _plan(src, min_saving, config)
         report = _report(plan)
-        others = _other_files(src, plan)
+        others = other_files(src, plan)
         require_free_space(staging, report.packed_bytes + sum(file.stat().st_size for file in others))
 
         def entry(tensor: _Tensor, read: Callable[[], torch.Tensor]) -> Entry:
@@ -120,7 +128,7 @@ def pack_checkpoint(
             return Entry(tensor.name, "U8", (size,), size, lambda: pack_tensor(read(), tensor.header))
 
         _rewrite(src, staging, plan, entry, report.packed_bytes)
-        _copy(src, staging, others)
+        copy_files(src, staging, others)
         packed = {
             **config,
             "model_type": MODEL_TYPE,
@@ -131,7 +139,7 @@ def pack_checkpoint(
         }
         if "auto_map" in config:
             packed["base_auto_map"] = config["auto_map"]
-        _write_json(staging / "config.json", packed)
+        write_json(staging / "config.json", packed)
         atomic_write_text(staging / REMOTE_CODE, remote_code())
     return report
 
@@ -146,7 +154,7 @@ def unpack_checkpoint(src_dir: str | os.PathLike, out_dir: str | os.PathLike, *,
         OSError: not enough disk space.
     """
     src = Path(src_dir)
-    config = _read_config(src)
+    config = read_config(src)
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{src} is not a packed checkpoint: its config.json has no {QUANT_METHOD} quantization_config")
@@ -155,11 +163,11 @@ def unpack_checkpoint(src_dir: str | os.PathLike, out_dir: str | os.PathLike, *,
         raise ValueError(
             f"{src} is packed in format {version}, this hf_sparse reads up to {FORMAT_VERSION}: upgrade hf_sparse"
         )
-    _require_apart(src, Path(out_dir))
+    require_apart(src, Path(out_dir))
     with atomic_directory(out_dir, overwrite) as staging:
         plan = _plan(src, None, config)
         report = _report(plan)
-        others = [file for file in _other_files(src, plan) if file.name != REMOTE_CODE]
+        others = [file for file in other_files(src, plan) if file.name != REMOTE_CODE]
         require_free_space(staging, report.dense_bytes + sum(file.stat().st_size for file in others))
 
         def entry(tensor: _Tensor, read: Callable[[], torch.Tensor]) -> Entry:
@@ -171,8 +179,8 @@ def unpack_checkpoint(src_dir: str | os.PathLike, out_dir: str | os.PathLike, *,
             return Entry(tensor.name, _CODES[dense.dtype], dense.shape, dense.dense_bytes, unpacked)
 
         _rewrite(src, staging, plan, entry, report.dense_bytes)
-        _copy(src, staging, others)
-        _write_json(staging / "config.json", base_config(config))
+        copy_files(src, staging, others)
+        write_json(staging / "config.json", base_config(config))
     return report
 
 
@@ -245,12 +253,6 @@ def remote_code() -> str:
     return "".join(pieces)
 
 
-def _read_config(src: Path) -> dict:
-    if not (src / "config.json").is_file():
-        raise FileNotFoundError(f"{src} is not a model directory: it has no config.json")
-    return json.loads((src / "config.json").read_text(encoding="utf-8"))
-
-
 def _require_plain(src: Path, config: dict) -> None:
     quantization = config.get("quantization_config")
     if quantization and quantization.get("quant_method") == QUANT_METHOD:
@@ -271,28 +273,6 @@ def _require_plain(src: Path, config: dict) -> None:
             )
 
 
-def _require_apart(src: Path, out: Path) -> None:
-    """The output is a directory of its own: ``overwrite`` would delete a source that is the output or lies inside it
-    (with its ``checkpoint-*`` folders, which are not copied), and a source would be copied into an output inside it."""
-    src, out = src.resolve(), out.resolve()
-    if src == out:
-        raise ValueError(f"{out} is the source itself; choose another output directory")
-    if src in out.parents or out in src.parents:
-        raise ValueError(f"{src} and {out} lie inside one another; choose another output directory")
-
-
-def _weight_files(src: Path) -> list[str]:
-    if (src / INDEX).is_file():
-        files = sorted(set(json.loads((src / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        if missing := [file for file in files if not (src / file).is_file()]:
-            raise FileNotFoundError(f"{src / INDEX} names files that do not exist: {', '.join(missing)}")
-        return files
-    if (src / WEIGHTS).is_file():
-        return [WEIGHTS]
-    found = sorted(f.name for f in src.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
-    raise FileNotFoundError(f"{src} has neither {WEIGHTS} nor {INDEX}; weights found: {', '.join(found) or 'none'}")
-
-
 def _plan(src: Path, min_saving: float | None, config: dict) -> dict[str, list[_Tensor]]:
     """For every weight file its tensors in file order, with their packing: chosen from the values where ``min_saving``
     is a number, read from the packed tensors (and verified) where it is None."""
@@ -300,9 +280,9 @@ def _plan(src: Path, min_saving: float | None, config: dict) -> dict[str, list[_
     sizes = GROUP_SIZES
     if found := re.fullmatch(r"\d+:(\d+)", str((config.get("hf_sparse") or {}).get("pattern", ""))):
         sizes = tuple(sorted({*GROUP_SIZES, int(found[1])}))  # an unusual m that we were told of
-    for file in _weight_files(src):
+    for file in weight_files(src):
         plan[file] = []
-        with _open(src / file) as reader:
+        with open_weights(src / file) as reader:
             for name in reader.offset_keys():
                 view = reader.get_slice(name)
                 dtype, shape = view.get_dtype(), tuple(view.get_shape())
@@ -326,13 +306,6 @@ def _plan(src: Path, min_saving: float | None, config: dict) -> dict[str, list[_
     return plan
 
 
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise PackedTensorError(f"{path} is truncated or damaged: {error}") from None
-
-
 def _report(plan: dict[str, list[_Tensor]]) -> PackReport:
     tensors = [tensor for file in plan.values() for tensor in file]
     return PackReport(
@@ -346,31 +319,10 @@ def _rewrite(src: Path, staging: Path, plan: dict[str, list[_Tensor]], entry: Ca
     """Write every weight file again, each tensor through ``entry``, and the index with its new total."""
     for file, tensors in plan.items():
         (staging / file).parent.mkdir(parents=True, exist_ok=True)
-        with _open(src / file) as reader:
+        with open_weights(src / file) as reader:
             entries = [entry(t, lambda reader=reader, name=t.name: reader.get_tensor(name)) for t in tensors]
             write_safetensors(staging / file, entries, reader.metadata())
     if (src / INDEX).is_file():
         index = json.loads((src / INDEX).read_text(encoding="utf-8"))
         index.setdefault("metadata", {})["total_size"] = total_size
-        _write_json(staging / INDEX, index)
-
-
-def _other_files(src: Path, plan: dict[str, list[_Tensor]]) -> list[Path]:
-    """All files to copy as they are: not the weights, their index and config.json, which are rewritten."""
-    rewritten = {*plan, INDEX, "config.json"}
-    files = []
-    for folder, folders, names in os.walk(src):
-        folders[:] = [f for f in folders if not f.startswith(".") and not re.fullmatch(r"checkpoint-\d+", f)]
-        files += [Path(folder) / name for name in names]
-    return sorted(file for file in files if file.relative_to(src).as_posix() not in rewritten)
-
-
-def _copy(src: Path, staging: Path, files: list[Path]) -> None:
-    for file in files:
-        target = staging / file.relative_to(src)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)  # the content: files of the Hub cache are links
-
-
-def _write_json(path: Path, content: dict) -> None:
-    atomic_write_text(path, json.dumps(content, indent=2) + "\n")
+        write_json(staging / INDEX, index)
