@@ -73,8 +73,8 @@ def _fraction(digits: str) -> Fraction:
 def choice(text: str, letters: str = "ABCDEFGHIJ") -> str | None:
     """The letter of a multiple-choice answer.
 
-    As stated last ("the answer is (B)", "Answer: B", ``\\boxed{B}``), else the one that stands alone on the last such line, else
-    the one the response begins with ("B) because ...").
+    As stated last ("the answer is (B)", "Answer: B", ``\\boxed{B}``), else the one that stands alone on the last such line,
+    else the one the response begins with ("B) because ...").
     """
     one = rf"[(\[]?\*{{0,2}}([{letters}])\*{{0,2}}[)\]]?(?![\w'])"
     stated = re.findall(
