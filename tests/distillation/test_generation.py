@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from _chat_server import said, server
 
 from hf_sparse.distillation.generation import chat_ids, respond
 
@@ -62,7 +61,7 @@ def test_errors(tiny_llama, tiny_tokenizer):
         list(respond(tiny_llama, tiny_tokenizer, CHATS, max_new_tokens=5000))
 
 
-def test_a_server_is_asked_for_chat_completions():
+def test_a_server_is_asked_for_chat_completions(server, said):
     begun = [*CHATS[1], {"role": "assistant", "content": "Well,"}]
 
     def answer(content, number):
@@ -81,7 +80,7 @@ def test_a_server_is_asked_for_chat_completions():
     assert last["continue_final_message"] is True and last["add_generation_prompt"] is False
 
 
-def test_a_busy_server_is_asked_again_and_a_refusal_is_told(monkeypatch):
+def test_a_busy_server_is_asked_again_and_a_refusal_is_told(server, said, monkeypatch):
     monkeypatch.setattr("hf_sparse.distillation.generation.time.sleep", lambda seconds: None)
 
     def busy(content, number):

@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-from _chat_server import said, server
 
 datasets = pytest.importorskip("datasets")
 
@@ -34,13 +33,12 @@ SCRIPT = {
 }
 
 
-def scripted(content, number):
-    user = next(turn["content"] for turn in content["messages"] if turn["role"] == "user")
-    return said(*SCRIPT[user.partition("\n")[0]])
-
-
 @pytest.fixture
-def teacher():
+def teacher(server, said):
+    def scripted(content, number):
+        user = next(turn["content"] for turn in content["messages"] if turn["role"] == "user")
+        return said(*SCRIPT[user.partition("\n")[0]])
+
     with server(scripted) as (url, seen):
         yield url, seen
 
@@ -66,7 +64,7 @@ def test_without_an_extractor_any_whole_answer_is_taken(teacher):
     assert result["source"] == ["model", "model", "reference", "reference", "model"]
 
 
-def test_code_is_checked_by_its_tests():
+def test_code_is_checked_by_its_tests(server, said):
     rows = [{"prompt": "add", "completion": "def add(a, b): return a + b", "test": "assert add(1, 2) == 3"}] * 2
     answers = iter(
         ["```python\ndef add(a, b):\n    return b + a\n```", "```python\ndef add(a, b):\n    return b - a\n```"]
@@ -190,9 +188,14 @@ result.to_json(sys.argv[3])
 """
 
 
-def doubled(content, number):
-    value = int(re.match(r"\d+", content["messages"][-1]["content"])[0])
-    return said(f"The answer is {2 * value}.")
+@pytest.fixture
+def doubled(server, said):
+    def double(content, number):
+        value = int(re.match(r"\d+", content["messages"][-1]["content"])[0])
+        return said(f"The answer is {2 * value}.")
+
+    with server(double) as (url, seen):
+        yield url, seen
 
 
 def run_worker(url, *paths, **environment):
@@ -204,43 +207,41 @@ def lines(folder):
     return [line for file in folder.glob("rows-*.jsonl") for line in file.read_text().splitlines()]
 
 
-def test_a_killed_run_goes_on_and_no_row_is_lost_or_doubled(tmp_path):
-    with server(doubled) as (url, seen):
-        worker = run_worker(url, tmp_path / "rows", tmp_path / "a.json")
-        deadline = time.time() + 60
-        while (not (tmp_path / "rows").is_dir() or len(lines(tmp_path / "rows")) < 5) and time.time() < deadline:
-            time.sleep(0.02)
-        os.kill(worker.pid, signal.SIGKILL)
-        worker.wait()
-        before = len(lines(tmp_path / "rows"))
-        assert 5 <= before < 40
-        with open(tmp_path / "rows" / "rows-00000.jsonl", "a") as file:
-            file.write('{"index": 39, "pro')  # what a kill in the midst of a write leaves
-        asked = len(seen)
-        worker = run_worker(url, tmp_path / "rows", tmp_path / "b.json")
-        assert worker.wait(60) == 0, worker.stderr.read().decode()
-        assert len(seen) - asked == 40 - before  # nothing done was asked for again
-        again = run_worker(url, tmp_path / "fresh", tmp_path / "c.json")
-        assert again.wait(60) == 0
+def test_a_killed_run_goes_on_and_no_row_is_lost_or_doubled(doubled, tmp_path):
+    url, seen = doubled
+    worker = run_worker(url, tmp_path / "rows", tmp_path / "a.json")
+    deadline = time.time() + 60
+    while (not (tmp_path / "rows").is_dir() or len(lines(tmp_path / "rows")) < 5) and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    before = len(lines(tmp_path / "rows"))
+    assert 5 <= before < 40
+    with open(tmp_path / "rows" / "rows-00000.jsonl", "a") as file:
+        file.write('{"index": 39, "pro')  # what a kill in the midst of a write leaves
+    asked = len(seen)
+    worker = run_worker(url, tmp_path / "rows", tmp_path / "b.json")
+    assert worker.wait(60) == 0, worker.stderr.read().decode()
+    assert len(seen) - asked == 40 - before  # nothing done was asked for again
+    again = run_worker(url, tmp_path / "fresh", tmp_path / "c.json")
+    assert again.wait(60) == 0
     kept = [json.loads(line)["index"] for line in lines(tmp_path / "rows")]
     assert sorted(kept) == list(range(40))
     assert (tmp_path / "b.json").read_text() == (tmp_path / "c.json").read_text().replace("fresh", "rows")
 
 
-def test_processes_share_the_rows(tmp_path):
+def test_processes_share_the_rows(doubled, tmp_path):
     pytest.importorskip("accelerate")
-    with server(doubled) as (url, seen):
-        port = str(29500 + os.getpid() % 1000)
-        together = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="1")
-        workers = [
-            run_worker(
-                url, tmp_path / "rows", tmp_path / f"{rank}.json", RANK=str(rank), LOCAL_RANK=str(rank), **together
-            )
-            for rank in range(2)
-        ]
-        for worker in workers:
-            assert worker.wait(120) == 0, worker.stderr.read().decode()[-2000:]
-        assert len(seen) == 40
+    url, seen = doubled
+    port = str(29500 + os.getpid() % 1000)
+    together = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="1")
+    workers = [
+        run_worker(url, tmp_path / "rows", tmp_path / f"{rank}.json", RANK=str(rank), LOCAL_RANK=str(rank), **together)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        assert worker.wait(120) == 0, worker.stderr.read().decode()[-2000:]
+    assert len(seen) == 40
     assert sorted(file.name for file in (tmp_path / "rows").glob("rows-*")) == ["rows-00000.jsonl", "rows-00001.jsonl"]
     assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
     assert len((tmp_path / "0.json").read_text().splitlines()) == 40

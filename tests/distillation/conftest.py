@@ -1,13 +1,15 @@
-"""An OpenAI-compatible server for tests, which answers as it is told."""
+"""An OpenAI-compatible server that answers as a test tells it."""
 
 import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
 
 @contextmanager
-def server(answer):
+def _server(answer):
     """A server that answers as ``answer(request content, number of requests so far) -> (status, content)`` says."""
     seen: list[dict] = []
     lock = threading.Lock()
@@ -45,8 +47,20 @@ def server(answer):
             thread.join()
 
 
-def said(text, reason="stop"):
+def _said(text, reason="stop"):
     return 200, {
         "choices": [{"message": {"content": text}, "finish_reason": reason}],
         "usage": {"completion_tokens": 7},
     }
+
+
+@pytest.fixture(scope="session")
+def server():
+    """``with server(answer) as (url, seen)``; ``seen`` gathers the contents of the requests."""
+    return _server
+
+
+@pytest.fixture(scope="session")
+def said():
+    """``said(text, finish_reason)``: what such a server answers."""
+    return _said
