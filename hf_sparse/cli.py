@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def _kept(arguments) -> str:
     """What a run that ended early left to continue from."""
     progress = getattr(arguments, "progress_dir", None)
-    if progress is None or not any(progress.glob("layer-*")):
+    if progress is None or not any(found for what in ("layer-*", "*/scores.jsonl") for found in progress.glob(what)):
         return ""
     return f"; finished layers are kept in {progress}: repeat the command with --resume to continue"
 
@@ -99,14 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--pattern",
         metavar="P",
-        help="unstructured, row, n:m such as 2:4, RxC such as 16x16, constant-fan-in or channel",
+        help="unstructured, row, n:m such as 2:4, RxC such as 16x16, constant-fan-in or channel; expert removes whole experts",
     )
     what.add_argument(
         "--saliency",
         metavar="NAME",
-        help="magnitude (default), random, wanda, ria, obs, gradient, taylor; or the solvers sparsegpt and alps",
+        help="magnitude (default), random, wanda, ria, obs, gradient, taylor; or the solvers sparsegpt and alps; of experts: "
+        "reap (default), ean_mean, ean_sum, frequency, gate_sum, gated_sum, random",
     )
-    what.add_argument("--allocation", metavar="NAME", help="uniform (default), erk or owl")
+    what.add_argument("--allocation", metavar="NAME", help="uniform (default), erk or owl; of experts: uniform, global")
     what.add_argument(
         "--allocation-option", action="append", metavar="K=V", help="an option of the allocation, e.g. lam=0.08 for owl"
     )
@@ -129,11 +130,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--damp", type=float, metavar="D", help="ridge over the Hessian's mean diagonal; default 0.01")
     what.add_argument("--seed", type=int, metavar="N", help="seed of the random saliency; default 0")
+    experts = prune.add_argument_group("experts of a mixture (--pattern expert)")
+    experts.add_argument("--keep", type=int, metavar="N", help="experts that stay in each layer, instead of --sparsity")
+    experts.add_argument("--keep-super", action="store_true", help="never drop experts with extreme activations")
+    experts.add_argument(
+        "--scores",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="rankings (expert_scores.jsonl), FILE or one NAME=FILE a domain, instead of --calibration",
+    )
     data = prune.add_argument_group("calibration data")
     data.add_argument(
-        "--calibration", metavar="TEXT", help="text file, JSON lines or Hub dataset (name or name:config)"
+        "--calibration",
+        nargs="+",
+        action="extend",
+        metavar="TEXT",
+        help="text file, JSON lines or Hub dataset (name or name:config); for experts one NAME=TEXT (or NAME:SEGMENTS=TEXT) "
+        "a domain",
     )
-    data.add_argument("--samples", type=int, default=128, metavar="N", help="segments; default %(default)s")
+    data.add_argument(
+        "--samples", type=int, default=128, metavar="N", help="segments, of all domains together; default %(default)s"
+    )
     data.add_argument(
         "--sequence-length", type=int, default=2048, metavar="L", help="tokens in each; default %(default)s"
     )

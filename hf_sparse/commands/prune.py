@@ -13,10 +13,16 @@ __all__ = ["run_prune"]
 
 
 def run_prune(arguments) -> dict[str, Any]:
+    if arguments.pattern == "expert":
+        from hf_sparse.commands.prune_experts import run_prune_experts
+
+        return run_prune_experts(arguments)
     from hf_sparse.atomic import atomic_directory
     from hf_sparse.data import check_source, load_segments
     from hf_sparse.pruning.plan import looks_at_data
 
+    _not_about_experts(arguments)
+    arguments.calibration = arguments.calibration and arguments.calibration[0]
     config = _config(arguments)
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not arguments.overwrite:
@@ -85,6 +91,20 @@ def run_prune(arguments) -> dict[str, Any]:
     if not arguments.json:
         commands.show_report(report, output)
     return result
+
+
+def _not_about_experts(arguments) -> None:
+    from hf_sparse.pruning.expert_scores import SALIENCIES
+
+    wrong = [f"--{name.replace('_', '-')}" for name in ("scores", "keep", "keep_super") if getattr(arguments, name)]
+    if arguments.saliency in SALIENCIES and arguments.saliency != "random":
+        wrong.append(f"--saliency {arguments.saliency}")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} ranks or keeps whole experts of a mixture: add --pattern expert")
+    if arguments.calibration and len(arguments.calibration) > 1:
+        raise ValueError(
+            f"one calibration text is taken, got {', '.join(arguments.calibration)}; a mix of domains is for --pattern expert"
+        )
 
 
 def _config(arguments):
