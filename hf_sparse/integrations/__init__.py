@@ -7,7 +7,7 @@ finder on ``sys.meta_path`` waits for them:
 
     transformers.models.auto.configuration_auto   -> AutoConfig learns model_type "hf_sparse", "sparse_llama", ...
     transformers.models.auto.modeling_auto        -> AutoModel, AutoModelForCausalLM, ... learn the sparse models
-    transformers.quantizers.auto                  -> the "hf_sparse" and "sparse_ift" quantizers are registered
+    transformers.quantizers.auto                  -> the "hf_sparse", "sparse_ift" and "uneven_experts" quantizers
 
 The models are written into the tables that transformers keeps of its own, by name: ``AutoModel.register`` takes classes, and
 importing those would load all modeling code for whoever wants a config, and in a circle where it is being loaded already.
@@ -82,6 +82,7 @@ def _register_models() -> None:
 def _register_quantizer() -> None:
     importlib.import_module("hf_sparse.integrations.quantizer")  # registers itself, as it does as remote code
     importlib.import_module("hf_sparse.integrations.replaced_layers")
+    importlib.import_module("hf_sparse.integrations.uneven_experts")
 
 
 _AFTER = {

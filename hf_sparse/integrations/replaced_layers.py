@@ -12,19 +12,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_sparse.integrations.names import name_in
 from hf_sparse.models.ift import REPLACED
 from hf_sparse.models.layers import transform_layers
 
 __all__ = ["ReplacedLayersConfig", "ReplacedLayersQuantizer"]
-
-
-def _name_in(model, name: str) -> str:
-    """The name that a module of a model with another head, or none, has in this one; as transformers maps weights."""
-    modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
-    for mapped in (name, name.removeprefix(prefix), prefix + name):
-        if mapped in modules:
-            return mapped
-    raise ValueError(f"{type(model).__name__} has no layer {name}, which the checkpoint replaced")
 
 
 @register_quantization_config(REPLACED)
@@ -50,7 +42,7 @@ class ReplacedLayersQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         asked = self.quantization_config
-        asked.names = [_name_in(model, name) for name in asked.names]
+        asked.names = [name_in(model, name) for name in asked.names]
         arguments = asked.family, asked.sparsity, asked.names, asked.branch_activation, asked.sparse_u_only
         transform_layers(model, *arguments)
         for (
