@@ -140,9 +140,8 @@ def never_chosen(model, kept):
         if getattr(router, "bias", None) is not None:
             router.bias.data[dropped] = -torch.inf
         else:
-            linear = F.linear
 
-            def forward(x, *args, router=router, original=router.forward, dropped=dropped):
+            def forward(x, *args, router=router, original=router.forward, dropped=dropped, linear=F.linear):
                 def masked(value, weight, *rest):
                     logits = linear(value, weight, *rest)
                     if weight.shape == router.weight.shape:
