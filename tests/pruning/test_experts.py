@@ -9,6 +9,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ FAMILIES = {
     "qwen2_moe": dict(num_experts=8, shared_expert_intermediate_size=16, decoder_sparse_step=1, **EIGHT),
     "dots1": dict(n_routed_experts=8, n_group=2, topk_group=2, first_k_dense_replace=1, n_shared_experts=1, **EIGHT),
 }  # fmt: skip
+DATA = Path(__file__).resolve().parents[1] / "data"
 HALF = [0, 2, 5, 7]  # two of each half, for routers with two groups
 
 
@@ -435,3 +437,28 @@ def test_errors_come_before_any_change(tiny_llama):
     with pytest.raises(ValueError, match="as many experts of each"):
         groups = build("deepseek_v3")
         prune_experts(groups, None, keep={name: [0, 1, 2, 4] for name in find_mixtures(groups)})
+
+
+def test_scores_are_those_of_the_released_code():
+    """github.com/CerebrasResearch/reap, run on this very model (its weights are arithmetic, so any torch makes them)."""
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=64
+    )
+    config = AutoConfig.for_model("qwen3_moe", **FAMILIES["qwen3_moe"], **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        i = torch.arange(parameter.numel(), dtype=torch.float64)
+        values = ((i * 7919 + number * 104729) % 1009 / 1009 - 0.5) * (
+            2.0 if "gate.weight" in name or "embed" in name else 0.6
+        )
+        parameter.data.copy_(values.view_as(parameter) if parameter.dim() > 1 else 1 + 0.1 * values)
+    scores = score_experts(model, (torch.arange(48).view(4, 12) * 37) % 64)
+    official = json.loads((DATA / "reap_official.json").read_text())["blocks"]
+    assert set(official) == set(scores.statistics)
+    for name, saliencies in official.items():
+        assert len(saliencies) == 6
+        for saliency, values in saliencies.items():
+            expected = torch.tensor(values, dtype=torch.float64)
+            torch.testing.assert_close(
+                scores.scores(saliency)[name], expected, rtol=1e-5, atol=1e-7, msg=f"{name} {saliency}"
+            )
