@@ -462,3 +462,36 @@ def test_scores_are_those_of_the_released_code():
             torch.testing.assert_close(
                 scores.scores(saliency)[name], expected, rtol=1e-5, atol=1e-7, msg=f"{name} {saliency}"
             )
+
+
+PROCESS = """
+import sys, torch
+import torch.distributed as dist
+from hf_sparse import score_experts
+from transformers import AutoModelForCausalLM
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+model = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
+ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
+scores = score_experts(model, ids[:1] if rank == 0 else ids[1:]).all_reduce()
+scores.save(f"{folder}/{rank}.jsonl")
+dist.destroy_process_group()
+"""
+
+
+def test_processes_add_what_each_saw(tmp_path):
+    model = build("qwen3_moe")
+    model.save_pretrained(tmp_path / "model")
+    workers = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path)], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, said = worker.communicate(timeout=120)
+        assert worker.returncode == 0, said.decode()[-2000:]
+    whole, shares = score_experts(model, ids()), [ExpertScores.load(tmp_path / f"{rank}.jsonl") for rank in range(2)]
+    for share in shares:
+        assert share.tokens == whole.tokens == 48
+        for name, statistics in whole.statistics.items():
+            for key, values in statistics.items():
+                torch.testing.assert_close(share.statistics[name][key], values, rtol=1e-5, atol=1e-9)
