@@ -344,13 +344,15 @@ def test_groups_lose_as_many_each():
     assert model(ids()).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f not in ("deepseek_v3", "glm4_moe", "ernie4_5_moe", "dots1")]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layers_of_different_counts_load_with_the_stock_call(family, tmp_path):
-    model, batch = build(family), ids()
-    first, second = find_mixtures(model)
-    prune_experts(model, None, keep={first: [0, 2, 5], second: [1, 2, 3, 6, 7]})
+    model, batch = build(family, num_hidden_layers=3), ids()
+    first = list(find_mixtures(model))[-2]
+    fewer, more = (
+        ([0, 1, 4, 5], [0, 2, 3, 5, 6, 7]) if family in ("deepseek_v3", "dots1") else ([0, 2, 5], [1, 2, 3, 6, 7])
+    )
+    kept = dict.fromkeys(find_mixtures(model), more) | {first: fewer}
+    prune_experts(model, None, keep=kept)
     logits = model(batch).logits
     model.save_pretrained(tmp_path / "once")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
@@ -358,14 +360,14 @@ def test_layers_of_different_counts_load_with_the_stock_call(family, tmp_path):
     again.save_pretrained(tmp_path / "twice")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")(batch).logits, logits)
     bare = AutoModel.from_pretrained(tmp_path / "once")
-    assert [m.count for m in find_mixtures(bare).values()] == [3, 5]
-    # without us: an error, not random weights
-    there = subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "once")], capture_output=True, text=True)
-    assert there.returncode != 0 and "mismatch" in there.stderr.lower(), there.stderr[-1500:]
+    assert [m.count for m in find_mixtures(bare).values()] == [len(indices) for indices in kept.values()]
+    if family in ("qwen3_moe", "gpt_oss"):  # without us: an error, not random weights
+        there = subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "once")], capture_output=True, text=True)
+        assert there.returncode != 0 and "mismatch" in there.stderr.lower(), there.stderr[-1500:]
     # and back to one number for all
-    prune_experts(again, score_experts(again, batch), keep=3)
+    prune_experts(again, score_experts(again, batch), keep=len(fewer))
     assert getattr(again.config, "quantization_config", None) is None
-    assert again.config.hf_sparse_experts["kept"][first] == [0, 2, 5]
+    assert again.config.hf_sparse_experts["kept"][first] == fewer
     again.save_pretrained(tmp_path / "even")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "even")(batch).logits, again(batch).logits)
 
