@@ -29,7 +29,7 @@ METHODS = ("reap", "ean_mean", "ean_sum", "gated_sum", "frequency")
 MERGES = ("m-smoe", "hc-smoe")
 SIZES = {  # hidden, layers, experts, top-k, intermediate, vocabulary, batch, learning rate
     "gpu": dict(hidden=384, layers=8, experts=32, top_k=4, intermediate=192, vocabulary=8192, batch=64, rate=1e-3),
-    "cpu": dict(hidden=128, layers=4, experts=8, top_k=2, intermediate=64, vocabulary=2048, batch=8, rate=2e-3),
+    "cpu": dict(hidden=128, layers=4, experts=8, top_k=2, intermediate=64, vocabulary=2048, batch=2, rate=2e-3),
     "tiny": dict(hidden=64, layers=2, experts=4, top_k=1, intermediate=16, vocabulary=512, batch=2, rate=2e-3),
 }
 DATA = Path(__file__).resolve().parent / "data"
@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="folder with train_<domain>.txt and valid_<domain>.txt")
-    add("--minutes", type=float, help="of training; default: 4 on a GPU, 1.5 on a CPU")
+    add("--minutes", type=float, help="of training; default: 4 on a GPU, 3 on a CPU")
     add("--size", choices=SIZES, help="of the model; default: by the device")
     add("--sparsities", nargs="+", type=float, default=[0.25, 0.5, 0.75])
     add("--calibration", type=int, default=128, help="windows of 512 tokens; default: %(default)s")
@@ -110,7 +110,7 @@ def run(arguments, device, size: str, folder: Path) -> None:
     say("tokens: " + ", ".join(f"{name} {len(ids):,}" for name, ids in data.items()))
     dense = build(tokenizer.get_vocab_size(), **options, balance=arguments.balance, device=device, seed=arguments.seed)
     say(f"{sum(p.numel() for p in dense.parameters()) / 1e6:.1f} M parameters")
-    minutes = arguments.minutes or (4 if device.type == "cuda" else 1.5)
+    minutes = arguments.minutes or (4 if device.type == "cuda" else 3)
     training = train(dense, data, minutes, 6 if arguments.tiny else None, batch, rate, device, say)
     amounts = (2, 1, 8) if arguments.tiny else (64, 16, 64) if device.type == "cuda" else (8, 4, 32)
     exam = Examination(dense, held, *amounts, device)
