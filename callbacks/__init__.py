@@ -17,6 +17,8 @@ _EXPORTS = {
     "DistillationTrainer": "hf_sparse.callbacks.distillation",
     "FlopsCallback": "hf_sparse.callbacks.flops",
     "SparsityCallback": "hf_sparse.callbacks.sparsity",
+    "plain_model": "hf_sparse.callbacks.fine_tuning",
+    "sft_trainer": "hf_sparse.callbacks.fine_tuning",
 }
 
 __all__ = sorted(_EXPORTS)
