@@ -96,7 +96,12 @@ def _fine_tune(job: dict, options: dict, folder: Path) -> dict:
     with atomic_directory(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-    return {"steps": steps, "rows": len(rows), "training_loss": losses, "training_seconds": result.metrics["train_runtime"]}
+    return {
+        "steps": steps,
+        "rows": len(rows),
+        "training_loss": losses,
+        "training_seconds": result.metrics["train_runtime"],
+    }
 
 
 def response_sets(options: dict) -> dict[str, Path]:

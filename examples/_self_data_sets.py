@@ -1,6 +1,6 @@
 """Instruction sets and multiple-choice tasks made of plain public files, for ``self_data_distillation.py``.
 
-Two sets to fine-tune on, rows of ``prompt`` and ``completion``, a part of each held out:
+Two sets to fine-tune on, rows of ``prompt`` and ``completion`` as chat turns, a part of each held out:
 
     gsm8k      grade-school mathematics: the question and its worked answer (without the calculator notes)
     general    restaurants put into words (E2E), biomedical questions with their abstract (PubMedQA, the first half), sections
@@ -67,6 +67,7 @@ def make_sets(folder: Path | None, seed: int = 0) -> dict[str, dict[str, list[di
         from hf_sparse.distillation.answers import without_calculator_notes
 
         rows = [{"prompt": r["question"], "completion": without_calculator_notes(r["answer"])} for r in _lines(gsm8k)]
+        rows = _turns(rows)
         sets["gsm8k"] = {"train": rows[:-400], "held_out": rows[-400:]}
     rows = [*_restaurants(find("e2e"), 1500, seed), *_sections(find("wikitext"), 1500, seed)]
     if pubmedqa := find("pubmedqa"):
@@ -82,12 +83,15 @@ def make_sets(folder: Path | None, seed: int = 0) -> dict[str, dict[str, list[di
             }
             for row in _lines(humaneval)
         ]
+    rows = _turns(rows)
     random.Random(seed).shuffle(rows)
     held = min(400, len(rows) // 10)
     return sets | {"general": {"train": rows[held:], "held_out": rows[:held]}}
 
 
-def make_tasks(folder: Path | None, held_out: dict[str, list[dict]], directory: Path, limit: int, seed: int = 0) -> list:
+def make_tasks(
+    folder: Path | None, held_out: dict[str, list[dict]], directory: Path, limit: int, seed: int = 0
+) -> list:
     """Writes the tasks as YAML and JSON lines into ``directory``; returns their names.
 
     Args:
@@ -124,8 +128,21 @@ def _finder(folder: Path | None):
         return lambda name: here / _EXCERPTS[name] if name in _EXCERPTS else None
     needed = [FILES[name] for name in _EXCERPTS if not (folder / FILES[name]).is_file()]
     if needed:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(needed)}; it may also hold the other of {list(FILES.values())}")
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(needed)}; it may also hold the other of {list(FILES.values())}"
+        )
     return lambda name: folder / FILES[name] if (folder / FILES[name]).is_file() else None
+
+
+def _turns(rows: list[dict]) -> list[dict]:
+    """As chats: plain strings would be trained on without the model's chat template, unlike what the model writes."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+        for row in rows
+    ]
 
 
 def _lines(path: Path) -> list[dict]:
@@ -212,14 +229,14 @@ def _which_description(path: Path, chooser: random.Random) -> list[dict]:
 
 def _last_number(row: dict, chooser: random.Random) -> dict | None:
     """The last calculation of a worked answer, its result left out."""
-    body = row["completion"].split("####")[0]
+    body = row["completion"][0]["content"].split("####")[0]
     found = list(re.finditer(r"=\s*\$?(\d+)(?![\d.,%/])", body))
     if not found:
         return None
     right = int(found[-1][1])
     wrong = {right + 1, right + 10, right * 2, abs(right - 2), right * 10, right + 5} - {right}
     wrong = chooser.sample(sorted(wrong), 3)
-    context = f"Question: {row['prompt']}\nAnswer: {body[: found[-1].start()]}="
+    context = f"Question: {row['prompt'][0]['content']}\nAnswer: {body[: found[-1].start()]}="
     return _item(context, str(right), [str(number) for number in wrong], chooser)
 
 

@@ -19,6 +19,7 @@ recovery.json, and a picture per depth appear at the end.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -67,10 +68,14 @@ def parse() -> argparse.Namespace:
     if arguments.data and not arguments.data.is_dir():
         parser.error(f"no such folder: {arguments.data}")
     if arguments.tiny:
-        small = dict(remove=[1], rows=4, new_tokens=8, steps=2, batch_size=2, length=128, window=64, windows=2, held_out=2)
+        small = dict(
+            remove=[1], rows=4, new_tokens=8, steps=2, batch_size=2, length=128, window=64, windows=2, held_out=2
+        )
         vars(arguments).update(small, limit=4)
     elif arguments.data is None:
-        vars(arguments).update(held_out=20, windows=min(16, arguments.windows), batch_size=8, rows=arguments.rows or 120)
+        vars(arguments).update(
+            held_out=20, windows=min(16, arguments.windows), batch_size=8, rows=arguments.rows or 120
+        )
     return arguments
 
 
@@ -102,6 +107,9 @@ def main() -> None:
     prune_all(arguments, tokenizer, load_model)
     for name in sets:
         rewrite(name, arguments, tokenizer, load_model)
+    if arguments.device == "cuda":  # what torch keeps for itself the workers cannot have
+        gc.collect()
+        torch.cuda.empty_cache()
     from _self_data_run import measure
 
     measure("original", arguments.model, options, reference=False)
@@ -109,7 +117,7 @@ def main() -> None:
     for number, wave in enumerate(waves, start=1):
         console.print(f"wave {number} of {len(waves)}: {len(wave)} models, {time.monotonic() - started:.0f} s so far")
         if not work(wave, options, arguments.workers, started, console):
-            console.print("out of time: call again with the same arguments to go on")
+            console.print("not all is done: call again with the same arguments to go on")
             break
     report(arguments.output)
 
@@ -254,14 +262,19 @@ def work(wave: list[dict], options: dict, workers: int, started: float, console)
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = set()
+        running: set = set()
+        failed: list[BaseException] = []
         while (waiting and not late()) or running:
             while waiting and len(running) < workers and not late():
                 running.add(pool.submit(do_job, waiting.pop(0), options))
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for one in done:
-                console.print(f"{one.result()['label']} ({time.monotonic() - started:.0f} s)")
-    return not waiting
+                if error := one.exception():  # the other jobs are not lost; the same command tries this one again
+                    console.print(f"failed: {type(error).__name__}: {str(error)[:200]}")
+                    failed.append(error)
+                else:
+                    console.print(f"{one.result()['label']} ({time.monotonic() - started:.0f} s)")
+    return not waiting and not failed
 
 
 def report(output: Path) -> None:
@@ -279,7 +292,18 @@ def report(output: Path) -> None:
 
     original, console = read(output / "measures" / "original.json"), Console()
     name = Path(options["model"]).name
-    shown = ("model", "remove", "seeds", "rows", "epochs", "steps", "batch_size", "accumulation", "learning_rate", "lora")
+    shown = (
+        "model",
+        "remove",
+        "seeds",
+        "rows",
+        "epochs",
+        "steps",
+        "batch_size",
+        "accumulation",
+        "learning_rate",
+        "lora",
+    )
     shown += ("length", "window", "windows", "held_out", "limit", "new_tokens")
     content = options["facts"] | {"settings": {key: options[key] for key in shown} | {"model": name}}
     content["rewriting"] = {

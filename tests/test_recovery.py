@@ -75,7 +75,11 @@ def test_different_items_are_not_compared():
 def report() -> RecoveryReport:
     original = {"text": Measure("perplexity", (2.0, 2.5)), "task": accuracy(1, 1, 1, 0, 1, 1, 1, 1, chance=0.25)}
     original["guess"] = accuracy(1, 0, 0, 0, chance=0.25)
-    pruned = {"text": Measure("perplexity", (3.0, 3.5)), "task": accuracy(1, 0, 1, 0, 1, 1, 1, 0), "guess": accuracy(0, 0, 1, 0)}
+    pruned = {
+        "text": Measure("perplexity", (3.0, 3.5)),
+        "task": accuracy(1, 0, 1, 0, 1, 1, 1, 0),
+        "guess": accuracy(0, 0, 1, 0),
+    }
     pruned["KL: text"] = Measure("divergence", (0.25, 0.75))
     return RecoveryReport("dense", {"pruned": pruned}, original, {"hardware": "a machine"})
 

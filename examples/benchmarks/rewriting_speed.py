@@ -88,7 +88,9 @@ def main() -> None:
         )
         print(f"{label}: {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)
     content = {
-        "command": " ".join(["python", "examples/benchmarks/rewriting_speed.py", *(Path(w).name for w in sys.argv[1:])]),
+        "command": " ".join(
+            ["python", "examples/benchmarks/rewriting_speed.py", *(Path(w).name for w in sys.argv[1:])]
+        ),
         "hardware": device_name(device),
         "versions": versions(),
         "model": Path(arguments.model).name,

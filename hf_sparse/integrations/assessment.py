@@ -1,8 +1,8 @@
 """What a model can do, item by item: text, responses and lm-eval tasks in one call, to be compared by a recovery report.
 
-    original = assess(dense, tokenizer, texts={"wikitext": ids}, tasks=["arc_challenge"])
-    pruned = assess(model, tokenizer, texts={"wikitext": ids}, tasks=["arc_challenge"], reference=dense)
-    RecoveryReport("dense", {"pruned": pruned}, original)
+original = assess(dense, tokenizer, texts={"wikitext": ids}, tasks=["arc_challenge"])
+pruned = assess(model, tokenizer, texts={"wikitext": ids}, tasks=["arc_challenge"], reference=dense)
+RecoveryReport("dense", {"pruned": pruned}, original)
 """
 
 from collections.abc import Iterable, Mapping, Sequence

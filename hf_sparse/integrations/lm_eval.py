@@ -88,7 +88,9 @@ def _documents(task: str, samples: list[dict]) -> dict[str, Any]:
         have = ", ".join(key for key, value in samples[0].items() if isinstance(value, (int, float))) or "none"
         raise ValueError(f"task {task!r} has no score per document that is known here (numbers per document: {have})")
     choices = [len(sample["arguments"]) for sample in samples]
-    chance = sum(1 / count for count in choices) / len(choices) if metric.startswith("acc") and min(choices) > 1 else None
+    chance = (
+        sum(1 / count for count in choices) / len(choices) if metric.startswith("acc") and min(choices) > 1 else None
+    )
     return {"metric": metric, "values": [float(sample[metric]) for sample in samples], "chance": chance}
 
 

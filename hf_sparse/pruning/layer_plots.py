@@ -31,13 +31,17 @@ def plot_layers(scores: LayerScores, dropped: list[int], path: str | Path, title
     image = torch.full((max(1, layers - 1), layers), torch.nan, dtype=torch.float64)
     for count in range(1, layers):
         image[count - 1, : layers - count + 1] = scores.spans(count)
-    drawn = spans.imshow(image, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, layers - 0.5, 0.5, layers - 0.5))
+    drawn = spans.imshow(
+        image, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, layers - 0.5, 0.5, layers - 0.5)
+    )
     best = [(scores.best_span(count)[0], count) for count in range(1, layers)]
     spans.plot(*zip(*best, strict=True), "w.", markersize=4, label="least of its number, last layer kept")
     in_a_row = dropped == list(range(dropped[0], dropped[-1] + 1)) if dropped else False
     if in_a_row and len(dropped) < layers:
         spans.add_patch(
-            Rectangle((dropped[0] - 0.5, len(dropped) - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2, label="dropped")
+            Rectangle(
+                (dropped[0] - 0.5, len(dropped) - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2, label="dropped"
+            )
         )
     spans.set_xlabel("first layer of the span")
     spans.set_ylabel("layers in the span")

@@ -34,7 +34,17 @@ FLOORS: dict[str, list[str]] = {
         "instruments",
     ],
     "calibration": ["capture", "calibration", "data", "loading", "evaluation"],
-    "methods": ["pruning", "training", "models", "distillation", "speculative", "formats", "report", "recovery", "inspection"],
+    "methods": [
+        "pruning",
+        "training",
+        "models",
+        "distillation",
+        "speculative",
+        "formats",
+        "report",
+        "recovery",
+        "inspection",
+    ],
     "runtime": ["runtime", "export", "integrations"],
     "surface": ["callbacks", "hub_cards", "cli", "commands", "__main__"],
 }
