@@ -1,4 +1,4 @@
-"""The steps of ``self_data_distillation.py``: each reads and writes one folder, so that any of them can be left and gone on with.
+"""The steps of ``self_data_distillation.py``: each writes one folder or file, so that any can be left and gone on with.
 
     model     a job, "<depth>/<name>", is made of a parent by fine-tuning it, or of siblings by merging them
     measure   a model's values, item by item, as JSON: what the recovery report is made of
@@ -12,7 +12,7 @@ import math
 import time
 from pathlib import Path
 
-__all__ = ["do_job", "measure", "response_sets"]
+__all__ = ["do_job", "measure", "read_rows", "response_sets"]
 
 
 def do_job(job: dict, options: dict) -> dict:
@@ -62,7 +62,7 @@ def _fine_tune(job: dict, options: dict, folder: Path) -> dict:
 
     tokenizer = load_tokenizer(options["model"])
     model = load_model(job["parent"], dtype="float32")
-    rows = datasets.Dataset.from_list([json.loads(line) for line in open(job["rows"], encoding="utf-8")])
+    rows = datasets.Dataset.from_list(read_rows(job["rows"]))
     batch, accumulation = options["batch_size"], options["accumulation"]
     # one budget for all, in rows: a set is seen as often as its size allows
     steps = options["steps"] or math.ceil(options["epochs"] * len(rows) / (batch * accumulation))
@@ -104,6 +104,11 @@ def _fine_tune(job: dict, options: dict, folder: Path) -> dict:
     }
 
 
+def read_rows(file: Path | str) -> list[dict]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+
+
 def response_sets(options: dict) -> dict[str, Path]:
     return {file.parent.name: file for file in sorted((Path(options["output"]) / "sets").glob("*/held_out.jsonl"))}
 
@@ -127,7 +132,7 @@ def measure(label: str, folder: Path | str, options: dict, reference: bool = Tru
     original = load_model(options["model"], dtype=dtype).to(device) if reference else None
     rows = {}
     for name, file in response_sets(options).items():
-        lines = [json.loads(line) for line in open(file, encoding="utf-8")][: options["held_out"]]
+        lines = read_rows(file)[: options["held_out"]]
         rows[f"{name} answers"] = response_rows(lines, tokenizer, max_length=options["length"])
     with torch.no_grad():
         measures = assess(

@@ -11,11 +11,11 @@
              -> the models of two sets merged by SLERP ("... merged")
 
 What is left of the original, in percent with standard errors: perplexity of text and of held-out answers, KL to the original,
-multiple-choice tasks of the evaluation harness. DIR of --data holds any of gsm8k_train.jsonl, pubmedqa_labeled.json, e2e_dev.csv,
-wikitext2_valid.txt, wikitext2_test.txt, humaneval.jsonl; ``_self_data_sets.py`` says what is made of them.
+multiple-choice tasks of the evaluation harness. DIR of --data holds any of gsm8k_train.jsonl, pubmedqa_labeled.json,
+e2e_dev.csv, wikitext2_valid.txt, wikitext2_test.txt, humaneval.jsonl; ``_self_data_sets.py`` says what is made of them.
 
-Everything lies in --output and is made once: a run that was ended goes on where it stopped. Models are in output/models; the report,
-recovery.json, and a picture per depth appear at the end.
+Everything lies in --output and is made once: a run that was ended goes on where it stopped. Models are in output/models;
+the report, recovery.json, and a picture per depth appear at the end.
 """
 
 import argparse
@@ -113,12 +113,8 @@ def main() -> None:
     from _self_data_run import measure
 
     measure("original", arguments.model, options, reference=False)
-    waves = jobs(arguments, sets)
-    for number, wave in enumerate(waves, start=1):
-        console.print(f"wave {number} of {len(waves)}: {len(wave)} models, {time.monotonic() - started:.0f} s so far")
-        if not work(wave, options, arguments.workers, started, console):
-            console.print("not all is done: call again with the same arguments to go on")
-            break
+    if not work(jobs(arguments, sets), options, arguments.workers, started, console):
+        console.print("not all is done: call again with the same arguments to go on")
     report(arguments.output)
 
 
@@ -189,6 +185,7 @@ def prune_all(arguments, tokenizer, load_model) -> None:
 def rewrite(name: str, arguments, tokenizer, load_model) -> None:
     """The rows of a set as the original writes them."""
     import datasets
+    from _self_data_run import read_rows
 
     from hf_sparse.atomic import atomic_write_text
     from hf_sparse.distillation.self_data import self_distill
@@ -196,7 +193,7 @@ def rewrite(name: str, arguments, tokenizer, load_model) -> None:
     folder = arguments.output / "sets" / name
     if (folder / "self_data.jsonl").is_file():
         return
-    rows = datasets.Dataset.from_list([json.loads(line) for line in open(folder / "train.jsonl", encoding="utf-8")])
+    rows = datasets.Dataset.from_list(read_rows(folder / "train.jsonl"))
     template, extractor = TEMPLATES.get(name, ("rewrite", None))
     cuda = arguments.device == "cuda"
     model = load_model(arguments.model, dtype="bfloat16" if cuda else "float32").to(arguments.device)
@@ -223,58 +220,66 @@ def rewrite(name: str, arguments, tokenizer, load_model) -> None:
     atomic_write_text(folder / "self_data.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result))
 
 
-def jobs(arguments, sets: list[str]) -> list[list[dict]]:
-    """What to make, wave by wave: merges need what they merge."""
+def jobs(arguments, sets: list[str]) -> list[dict]:
+    """What to make; merges come after what they merge, and a run that is ended early has all depths with one seed."""
     models, folder = arguments.output / "models", arguments.output / "sets"
-    first, second = [], []
-    for count in arguments.remove:
-        depth = f"{count} layers"
-        parent = str(models / depth / "pruned")
-        first.append({"label": f"{depth}/pruned"})
-        for seed in arguments.seeds:
+    made = [{"label": f"{count} layers/pruned"} for count in arguments.remove]
+    for seed in arguments.seeds:
+        for count in arguments.remove:
+            depth = f"{count} layers"
+            parent, merges = str(models / depth / "pruned"), []
             for method, rows in (("SFT", "train"), ("self-data", "self_data")):
                 siblings = []
                 for name in sets:
                     label = f"{depth}/{method} {name}, seed {seed}"
                     siblings.append(str(models / label))
                     file = str(folder / name / f"{rows}.jsonl")
-                    first.append({"label": label, "parent": parent, "rows": file, "seed": seed})
+                    made.append({"label": label, "parent": parent, "rows": file, "seed": seed})
                 if len(siblings) > 1:
                     for way, base in (("slerp", None), ("task-slerp", parent)):
                         label = f"{depth}/{method} merged by {way}, seed {seed}"
-                        second.append({"label": label, "siblings": siblings, "method": way, "base": base})
-    return [first, second]
+                        merges.append({"label": label, "siblings": siblings, "method": way, "base": base})
+            made += merges
+    return made
 
 
-def work(wave: list[dict], options: dict, workers: int, started: float, console) -> bool:
-    """Does the jobs, some at a time; False if time ran out."""
+def work(waiting: list[dict], options: dict, workers: int, started: float, console) -> bool:
+    """Does the jobs, some at a time; False if not all were done."""
     from _self_data_run import do_job
 
-    waiting = [j for j in wave if not (Path(options["output"]) / "measures" / f"{j['label']}.json").is_file()]
-    limit = options["stop_after"]
+    waiting = [j for j in waiting if not (Path(options["output"]) / "measures" / f"{j['label']}.json").is_file()]
+    limit, total = options["stop_after"], len(waiting)
     late = lambda: limit is not None and time.monotonic() - started > limit  # noqa: E731
     if workers == 1:
         while waiting and not late():
-            console.print(waiting[0]["label"])
+            console.print(f"{waiting[0]['label']} ({total - len(waiting) + 1} of {total})")
             do_job(waiting.pop(0), options)
         return not waiting
     import multiprocessing
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 
+    def ready(job: dict) -> bool:
+        return all((Path(sibling) / "made.json").is_file() for sibling in job.get("siblings", ()))
+
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         running: set = set()
-        failed: list[BaseException] = []
-        while (waiting and not late()) or running:
-            while waiting and len(running) < workers and not late():
-                running.add(pool.submit(do_job, waiting.pop(0), options))
+        done_jobs, failed = 0, 0
+        while True:
+            for job in [j for j in waiting if ready(j)][: workers - len(running)]:
+                if not late():
+                    waiting.remove(job)
+                    running.add(pool.submit(do_job, job, options))
+            if not running:
+                return not waiting and not failed
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for one in done:
                 if error := one.exception():  # the other jobs are not lost; the same command tries this one again
                     console.print(f"failed: {type(error).__name__}: {str(error)[:200]}")
-                    failed.append(error)
+                    failed += 1
                 else:
-                    console.print(f"{one.result()['label']} ({time.monotonic() - started:.0f} s)")
-    return not waiting and not failed
+                    done_jobs += 1
+                    seconds = time.monotonic() - started
+                    console.print(f"{one.result()['label']} ({done_jobs} of {total}, {seconds:.0f} s)")
 
 
 def report(output: Path) -> None:

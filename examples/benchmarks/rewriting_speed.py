@@ -1,6 +1,6 @@
 """How fast a dataset is rewritten: tokens a second of each way of generating, beside ``generate`` one row after the other.
 
-    python examples/benchmarks/rewriting_speed.py --model MODEL --data gsm8k_train.jsonl --device cuda --output rewriting_speed.json
+    python examples/benchmarks/rewriting_speed.py --model MODEL --data gsm8k_train.jsonl --device cuda
     python examples/benchmarks/rewriting_speed.py --model MODEL --tiny
 
 Every way answers the same requests (the ``math`` template of self-data distillation), greedily, with the same limit of new
