@@ -9,6 +9,7 @@ own; a small model does not fill a GPU.
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def do_job(job: dict, options: dict) -> dict:
     transformers.logging.set_verbosity_error()
     if options["device"] == "cuda":
         torch.set_float32_matmul_precision("high")
+    if options["workers"] > 1:  # jobs that each take all cores wait for each other: merges took 100 s instead of 3
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options["workers"]))
     folder = Path(options["output"]) / "models" / job["label"]
     facts = {}
     if not (folder / "config.json").is_file():
@@ -149,9 +152,6 @@ def measure(label: str, folder: Path | str, options: dict, reference: bool = Tru
             batch_size=64 if device == "cuda" else 8,
             tokens_per_batch=16384 if device == "cuda" else 2048,
         )
-    content = {
-        name: {"kind": m.kind, "values": [round(v, 6) for v in m.values], "chance": m.chance, "facts": dict(m.facts)}
-        for name, m in measures.items()
-    }
+    content = {name: m.to_dict() | {"values": [round(value, 6) for value in m.values]} for name, m in measures.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(target, json.dumps(content))

@@ -292,8 +292,7 @@ def report(output: Path) -> None:
     options = json.loads((output / "options.json").read_text(encoding="utf-8"))
 
     def read(file: Path) -> dict[str, Measure]:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        return {name: Measure(r["kind"], tuple(r["values"]), r["chance"], r["facts"]) for name, r in rows.items()}
+        return {name: Measure.from_dict(row) for name, row in json.loads(file.read_text(encoding="utf-8")).items()}
 
     original, console = read(output / "measures" / "original.json"), Console()
     name = Path(options["model"]).name
@@ -320,7 +319,7 @@ def report(output: Path) -> None:
         files = {file.stem: file for file in folder.glob("*.json")}
         labels = sorted(files, key=lambda label: (label != "pruned", "merged" in label, label))
         recovered = RecoveryReport(name, {label: read(files[label]) for label in labels}, original)
-        console.print(recovered.table(), f"{folder.name} dropped")
+        console.print(f"{folder.name} dropped", *recovered.tables(console.width))
         for note in recovered.notes():
             console.print(f"note: {note}")
         made = {label: output / "models" / folder.name / label / "made.json" for label in labels}

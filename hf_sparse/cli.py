@@ -1,4 +1,4 @@
-"""The command line: prune, inspect, eval, bench, pack, unpack, export, spectral.
+"""The command line: prune, distill, merge, recovery, inspect, eval, bench, pack, unpack, export, spectral.
 
 Each command is one function that takes the parsed arguments and returns a dict; ``--json`` prints that dict as the only
 thing on standard output, otherwise a table is shown. Progress goes to standard error. Anything wrong with the arguments is
@@ -15,10 +15,12 @@ import sys
 
 from hf_sparse import commands
 from hf_sparse.commands.bench import run_bench
+from hf_sparse.commands.distill import run_distill
 from hf_sparse.commands.export import run_export
 from hf_sparse.commands.measure import run_eval, run_inspect
 from hf_sparse.commands.pack import run_pack, run_unpack
 from hf_sparse.commands.prune import run_prune
+from hf_sparse.commands.recovery import run_merge, run_recovery
 from hf_sparse.commands.spectral import run_spectral
 
 __all__ = ["main"]
@@ -51,9 +53,11 @@ def main(argv: list[str] | None = None) -> int:
 def _kept(arguments) -> str:
     """What a run that ended early left to continue from."""
     progress = getattr(arguments, "progress_dir", None)
-    if progress is None or not any(found for what in ("layer-*", "*/scores.jsonl") for found in progress.glob(what)):
-        return ""
-    return f"; finished layers are kept in {progress}: repeat the command with --resume to continue"
+    kinds = {"layer-*": "layers", "*/scores.jsonl": "layers", "rows-*.jsonl": "rows", "measures-*.json": "models"}
+    for pattern, what in kinds.items():
+        if progress is not None and any(progress.glob(pattern)):
+            return f"; finished {what} are kept in {progress}: repeat the command with --resume to continue"
+    return ""
 
 
 def _finite(value):
@@ -99,13 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--pattern",
         metavar="P",
-        help="unstructured, row, n:m such as 2:4, RxC such as 16x16, constant-fan-in or channel; expert removes whole experts",
+        help="unstructured, row, n:m such as 2:4, RxC such as 16x16, constant-fan-in or channel; whole experts: expert; whole "
+        "layers: layer",
     )
     what.add_argument(
         "--saliency",
         metavar="NAME",
         help="magnitude (default), random, wanda, ria, obs, gradient, taylor; or the solvers sparsegpt and alps; of experts: "
-        "reap (default), ean_mean, ean_sum, frequency, gate_sum, gated_sum, random",
+        "reap (default), ean_mean, ean_sum, frequency, gate_sum, gated_sum, random; of layers: angular (default), "
+        "block-influence",
     )
     what.add_argument("--allocation", metavar="NAME", help="uniform (default), erk or owl; of experts: uniform, global")
     what.add_argument(
@@ -140,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="rankings (expert_scores.jsonl), FILE or one NAME=FILE a domain, instead of --calibration",
     )
+    layers = prune.add_argument_group("layers (--pattern layer)")
+    layers.add_argument(
+        "--remove", type=int, metavar="N", help="layers to remove: the span, or the ones, of least saliency"
+    )
+    layers.add_argument("--layers", type=int, nargs="+", metavar="I", help="these layers, counted from 0")
+    layers.add_argument("--allow-last", action="store_true", help="the last layer may be among them; default: it stays")
     data = prune.add_argument_group("calibration data")
     data.add_argument(
         "--calibration",
@@ -165,6 +177,121 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, e.g. 5GB")
     run.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    _model_flags(run)
+
+    distill = _command(
+        subparsers,
+        "distill",
+        run_distill,
+        "let a model rewrite a dataset's answers in its own words, to fine-tune it on once it is pruned",
+        "hf-sparse distill HuggingFaceTB/SmolLM2-135M-Instruct gsm8k_train.jsonl --template math --extractor number "
+        "--output gsm8k-in-its-words",
+    )
+    distill.add_argument(
+        "model", metavar="MODEL", help="Hub id, directory, .gguf file, or http address of a server (vLLM)"
+    )
+    distill.add_argument(
+        "dataset", metavar="DATASET", help=".jsonl, .json, .csv or .parquet file, or a Hub id (name:config)"
+    )
+    distill.add_argument("--output", required=True, metavar="DIR", help="where the rows go")
+    rows = distill.add_argument_group("the rows")
+    rows.add_argument("--split", default="train", metavar="S", help="of a Hub dataset; default %(default)s")
+    rows.add_argument("--limit", type=int, metavar="N", help="only the first rows")
+    rows.add_argument(
+        "--columns", nargs=2, metavar="KEY=COLUMN", help="prompt=COLUMN response=COLUMN; default: recognised"
+    )
+    asked = distill.add_argument_group("what is asked, and what is taken")
+    asked.add_argument(
+        "--template",
+        default="instruction",
+        metavar="T",
+        help="instruction (default), question, math, code, rewrite, rewrite_math, or a text file of your own",
+    )
+    asked.add_argument(
+        "--extractor",
+        metavar="E",
+        help="number, choice, yes_no or exact: take a response only if it gives the reference's answer; default: take any",
+    )
+    asked.add_argument("--tests", metavar="COLUMN", help="take code only if it passes the Python tests in this column")
+    words = distill.add_argument_group("generation")
+    words.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default %(default)s")
+    words.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: greedy")
+    words.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default %(default)s")
+    words.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default %(default)s")
+    words.add_argument(
+        "--backend", metavar="B", help="generate or continuous (CUDA); default: the faster one for MODEL"
+    )
+    words.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="padded, prompts and answers; default %(default)s",
+    )
+    words.add_argument("--server-model", metavar="NAME", help="the model of a server; default: the first it lists")
+    words.add_argument(
+        "--requests-in-flight", type=int, default=32, metavar="N", help="to a server; default %(default)s"
+    )
+    run = distill.add_argument_group("the run")
+    run.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; default: cpu")
+    run.add_argument("--resume", action="store_true", help="continue an interrupted run of the same command")
+    run.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    _model_flags(run)
+
+    merge = _command(
+        subparsers,
+        "merge",
+        run_merge,
+        "merge fine-tuned siblings of one model",
+        "hf-sparse merge distilled-math distilled-chat --method task-slerp --base pruned --output merged",
+    )
+    merge.add_argument("models", nargs="+", metavar="DIR", help="two or more model directories")
+    merge.add_argument("--output", required=True, metavar="DIR")
+    merge.add_argument("--method", default="slerp", metavar="M", help="lerp, slerp (default) or task-slerp")
+    merge.add_argument("--weights", type=float, nargs="+", metavar="W", help="one a model; default: equal")
+    merge.add_argument("--base", metavar="DIR", help="what all were fine-tuned from; for task-slerp")
+    merge.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+
+    recovery = _command(
+        subparsers,
+        "recovery",
+        run_recovery,
+        "what is left of a model after pruning and fine-tuning, in percent with standard errors",
+        "hf-sparse recovery HuggingFaceTB/SmolLM2-135M-Instruct pruned=DIR distilled=DIR --text wikitext_test.txt "
+        "--tasks arc_easy,hellaswag --output recovery.json --plot recovery.png",
+    )
+    recovery.add_argument("original", metavar="ORIGINAL", help="Hub id, directory or .gguf file")
+    recovery.add_argument("models", nargs="+", metavar="NAME=MODEL", help="what was made of it, one column each")
+    measures = recovery.add_argument_group("measured are")
+    measures.add_argument("--text", metavar="FILE", help="text for perplexity")
+    measures.add_argument("--tasks", metavar="A,B", help="lm-eval tasks")
+    measures.add_argument(
+        "--responses",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="question-answer or chat rows: the perplexity of their responses and the divergence from ORIGINAL on them",
+    )
+    measures.add_argument("--task-path", metavar="DIR", help="directory of local task files (works offline)")
+    measures.add_argument("--num-fewshot", type=int, metavar="N", help="shots; default: each task's own")
+    measures.add_argument(
+        "--limit", type=int, metavar="N", help="only the first documents of each task, rows of each file"
+    )
+    measures.add_argument(
+        "--sequence-length",
+        type=int,
+        default=2048,
+        metavar="L",
+        help="window of text, longest row; default %(default)s",
+    )
+    measures.add_argument("--max-windows", type=int, metavar="N", help="score only the first windows of the text")
+    run = recovery.add_argument_group("the run")
+    run.add_argument("--batch-size", type=int, default=8, metavar="N", help="lm-eval's batch; default %(default)s")
+    run.add_argument("--output", metavar="FILE", help="write the report as JSON")
+    run.add_argument("--plot", metavar="FILE", help="the recoveries as an image")
+    run.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; default: cpu")
+    run.add_argument(
+        "--resume", action="store_true", help="continue an interrupted run of the same command (with --output)"
+    )
     _model_flags(run)
 
     inspect = _command(

@@ -66,6 +66,14 @@ class Measure:
         """The number people compare: the perplexity of a loss, otherwise the mean."""
         return _exp(self.mean) if self.kind == "perplexity" else self.mean
 
+    def to_dict(self) -> dict[str, Any]:
+        """With every single item, so that :meth:`from_dict` gives the measure back."""
+        return {"kind": self.kind, "values": list(self.values), "chance": self.chance, "facts": dict(self.facts)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Measure":
+        return cls(content["kind"], tuple(content["values"]), content["chance"], content["facts"])
+
 
 def recovery(measure: Measure, original: Measure) -> tuple[float | None, float | None]:
     """``(R, standard error)`` in percent; None where there is none (a divergence, an original that gets nothing right).
@@ -186,19 +194,38 @@ class RecoveryReport:
 
         atomic_write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
-    def table(self):
-        """A rich Table: a row per model, a column per measure, value and recovery with its standard error."""
+    def tables(self, width: int = 100) -> list:
+        """Rich Tables no wider than ``width`` characters where that is possible: a row per measure, a column per model, value
+        and recovery with its standard error; as many tables as the models need."""
         from rich.table import Table
 
-        columns = list(dict.fromkeys([*self.original, *(name for m in self.models.values() for name in m)]))
+        names = list(dict.fromkeys([*self.original, *(name for m in self.models.values() for name in m)]))
         tasks = any(measure.kind == "accuracy" for measure in self.original.values())
-        table = Table("model", *columns, *(["average"] if tasks else []))
-        table.add_row(self.name, *(_cell(self.original.get(name)) for name in columns), *(["100%"] if tasks else []))
+        columns = {self.name: [_cell(self.original.get(name)) for name in names] + (["100%"] if tasks else [])}
         for label, measures in self.models.items():
-            cells = [_cell(measures.get(name), self.original.get(name)) for name in columns]
-            average = [_percent(*average_recovery(measures, self.original))] if tasks else []
-            table.add_row(label, *cells, *average)
-        return table
+            columns[label] = [_cell(measures.get(name), self.original.get(name)) for name in names]
+            columns[label] += [_percent(*average_recovery(measures, self.original))] if tasks else []
+        first = [*names, *(["average of tasks"] if tasks else [])]
+        # a cell's words are not broken: "64.9% ± 1.2" stays in one line, a label may take several
+        needs = {
+            label: 3 + max(len(word) for word in (*label.split(), *"\n".join(cells).split("\n")))
+            for label, cells in columns.items()
+        }
+        parts: list[list[str]] = []
+        left = 0
+        for label in columns:
+            if not parts or needs[label] > left:
+                parts.append([])
+                left = width - max(map(len, first)) - 4
+            parts[-1].append(label)
+            left -= needs[label]
+        tables = []
+        for labels in parts:
+            table = Table("", *labels, show_lines=True)
+            for place, name in enumerate(first):
+                table.add_row(name, *(columns[label][place] for label in labels))
+            tables.append(table)
+        return tables
 
     def plot(self, path: str | Path) -> None:
         """Recovery of every model on every measure, with standard errors, as an image at ``path``.
@@ -243,7 +270,8 @@ def _cell(measure: Measure | None, original: Measure | None = None) -> str:
         if measure.kind == "accuracy":
             return f"{value} ± {100 * error:.1f}"
         return f"{value} ± {error * (measure.shown if measure.kind == 'perplexity' else 1):.2g}"
-    return f"{value} ({_percent(*recovery(measure, original))})"
+    percent, error = recovery(measure, original)
+    return value if percent is None else f"{value}\n{_percent(percent, error)}"
 
 
 def _percent(percent: float | None, error: float | None) -> str:

@@ -60,6 +60,11 @@ def test_equal_models_recover_everything_and_a_silent_one_nothing():
     assert recovery(kl, kl) == (None, None)
 
 
+def test_a_measure_comes_back_whole():
+    measure = Measure("accuracy", (1.0, 0.0, 0.5), 0.25, {"limit": 3})
+    assert Measure.from_dict(json.loads(json.dumps(measure.to_dict()))) == measure
+
+
 def test_different_items_are_not_compared():
     with pytest.raises(ValueError, match="accuracy of 2 items stands beside the original's accuracy of 3"):
         recovery(accuracy(1, 0), accuracy(1, 0, 1))
@@ -99,10 +104,18 @@ def test_the_report_has_values_errors_and_a_warning_about_guessing(report, tmp_p
 def test_table_and_plot(report, tmp_path):
     from rich.console import Console
 
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.table())
-    shown = console.export_text()
-    assert "71.4% ±" in shown and "25.0% ± 25.0" in shown and "0.5 ± 0.25" in shown
+    def shown(width) -> list[str]:
+        console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        for table in report.tables(width):
+            console.print(table)
+        return console.export_text().splitlines()
+
+    wide, narrow = shown(200), shown(44)
+    assert any("71.4% ±" in line and "task" not in line for line in wide) and len(report.tables(200)) == 1
+    assert any("25.0% ± 25.0" in line for line in wide) and any("0.5" in line for line in wide)
+    assert len(report.tables(44)) == 2 and max(map(len, narrow)) <= 44 and not any("…" in line for line in narrow)
+    cells = lambda lines: {word for line in lines for word in line.split() if "%" in word}  # noqa: E731
+    assert cells(narrow) == cells(wide)
     pytest.importorskip("matplotlib")
     report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

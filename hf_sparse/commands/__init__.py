@@ -7,7 +7,7 @@ file a command, or two that are each other's inverse; here is what they share.
 import sys
 from pathlib import Path
 
-__all__ = ["check_device", "check_parent", "console", "show_report", "weight_bytes"]
+__all__ = ["check_device", "check_parent", "console", "layer_names", "show_report", "weight_bytes"]
 
 OUTPUT = None  # where tables go; set by hf_sparse.cli.main
 REPORT_FILE = "sparsity_report.json"
@@ -46,6 +46,18 @@ def console():
 
 def weight_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def layer_names(numbers: list[int]) -> str:
+    """``layers 3–5, 9`` of 3, 4, 5, 9."""
+    groups: list[list[int]] = []
+    for number in sorted(numbers):
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    names = ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}–{group[-1]}" for group in groups)
+    return f"{'layer' if len(numbers) == 1 else 'layers'} {names}"
 
 
 def show_report(report, output: Path | None) -> None:

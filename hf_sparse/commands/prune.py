@@ -9,7 +9,24 @@ from typing import Any
 from hf_sparse import commands
 from hf_sparse.commands import PLOT_FILE, REPORT_FILE
 
-__all__ = ["run_prune"]
+__all__ = [
+    "ABOUT_EXPERTS",
+    "ABOUT_LAYERS",
+    "ABOUT_ZEROS",
+    "check_output",
+    "check_shard_size",
+    "flags_given",
+    "run_prune",
+    "save_model",
+]
+
+# flags that only some patterns look at, and what they are where they are not given
+ABOUT_ZEROS = {
+    **dict.fromkeys(("config", "allocation_option", "override", "targets", "ignore", "block_size", "damp")),
+    **dict.fromkeys(("repair", "permute", "packed"), False),
+}
+ABOUT_EXPERTS = {"keep": None, "keep_super": False, "scores": None}
+ABOUT_LAYERS = {"remove": None, "layers": None, "allow_last": False}
 
 
 def run_prune(arguments) -> dict[str, Any]:
@@ -17,16 +34,19 @@ def run_prune(arguments) -> dict[str, Any]:
         from hf_sparse.commands.prune_experts import run_prune_experts
 
         return run_prune_experts(arguments)
+    if arguments.pattern == "layer":
+        from hf_sparse.commands.prune_layers import run_prune_layers
+
+        return run_prune_layers(arguments)
     from hf_sparse.atomic import atomic_directory
     from hf_sparse.data import check_source, load_segments
     from hf_sparse.pruning.plan import looks_at_data
 
-    _not_about_experts(arguments)
+    _not_about_whole_parts(arguments)
     arguments.calibration = arguments.calibration and arguments.calibration[0]
     config = _config(arguments)
     output = Path(arguments.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not arguments.overwrite:
-        raise FileExistsError(f"{output} exists and is not empty; choose another --output or pass --overwrite")
+    check_output(output, arguments.overwrite)
     looks = looks_at_data(config)
     if looks and arguments.calibration is None:
         also = "".join(f" and --{name}" for name in ("repair", "permute") if getattr(config, name))
@@ -37,7 +57,7 @@ def run_prune(arguments) -> dict[str, Any]:
     if arguments.calibration is not None:
         check_source(arguments.calibration)
     commands.check_device(arguments.device)
-    _check_shard_size(arguments.max_shard_size)
+    check_shard_size(arguments.max_shard_size)
     # progress is always kept for runs that take long, so that --resume has something to continue
     where = Path(os.path.abspath(output))
     progress_dir = where.parent / f".{where.name}.progress" if looks else None
@@ -81,7 +101,7 @@ def run_prune(arguments) -> dict[str, Any]:
     if text:
         report.calibration |= text.description
     with atomic_directory(output, overwrite=arguments.overwrite) as staging:
-        _save_model(model, tokenizer, staging, arguments)
+        save_model(model, tokenizer, staging, arguments)
         report.save(staging / REPORT_FILE)
         plotted = _plot(report, staging / PLOT_FILE)
         write_card(staging, report, plot=PLOT_FILE if plotted else None)
@@ -93,14 +113,32 @@ def run_prune(arguments) -> dict[str, Any]:
     return result
 
 
-def _not_about_experts(arguments) -> None:
-    from hf_sparse.pruning.expert_scores import SALIENCIES
+def flags_given(arguments, flags: dict[str, Any]) -> list[str]:
+    """Those of ``flags`` (name -> value where not given) that the user gave, as they are written."""
+    return [f"--{name.replace('_', '-')}" for name, empty in flags.items() if getattr(arguments, name) != empty]
 
-    wrong = [f"--{name.replace('_', '-')}" for name in ("scores", "keep", "keep_super") if getattr(arguments, name)]
-    if arguments.saliency in SALIENCIES and arguments.saliency != "random":
-        wrong.append(f"--saliency {arguments.saliency}")
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)} ranks or keeps whole experts of a mixture: add --pattern expert")
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where a result would go over something."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+        raise FileExistsError(f"{output} exists and is not empty; choose another --output or pass --overwrite")
+
+
+def _not_about_whole_parts(arguments) -> None:
+    """Flags that only mean something to --pattern expert or layer."""
+    from hf_sparse.commands.prune_layers import SALIENCIES as LAYER_SALIENCIES
+    from hf_sparse.pruning.expert_scores import SALIENCIES as EXPERT_SALIENCIES
+
+    experts = flags_given(arguments, ABOUT_EXPERTS)
+    if arguments.saliency in EXPERT_SALIENCIES and arguments.saliency != "random":
+        experts.append(f"--saliency {arguments.saliency}")
+    if experts:
+        raise ValueError(f"{', '.join(experts)} ranks or keeps whole experts of a mixture: add --pattern expert")
+    layers = flags_given(arguments, ABOUT_LAYERS)
+    if arguments.saliency in LAYER_SALIENCIES:
+        layers.append(f"--saliency {arguments.saliency}")
+    if layers:
+        raise ValueError(f"{', '.join(layers)} chooses whole layers: add --pattern layer")
     if arguments.calibration and len(arguments.calibration) > 1:
         raise ValueError(
             f"one calibration text is taken, got {', '.join(arguments.calibration)}; a mix of domains is for --pattern expert"
@@ -141,7 +179,7 @@ def _config(arguments):
     return SparsityConfig.from_dict(content)
 
 
-def _check_shard_size(size: str | None) -> None:
+def check_shard_size(size: str | None) -> None:
     if size is None:
         return
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -152,7 +190,7 @@ def _check_shard_size(size: str | None) -> None:
         raise ValueError(f"--max-shard-size {size!r} is no size, such as 5GB or 500MB: {error}") from error
 
 
-def _save_model(model, tokenizer, directory: Path, arguments) -> None:
+def save_model(model, tokenizer, directory: Path, arguments) -> None:
     from hf_sparse.formats import save_packed
 
     options = {"max_shard_size": arguments.max_shard_size} if arguments.max_shard_size else {}

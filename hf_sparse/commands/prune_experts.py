@@ -29,15 +29,11 @@ GENERIC_TEXT = (
     "calibrated on one text without a domain: calibrated on generic text (C4), code models collapsed at 50% in the paper, "
     "where text of their own domain kept them (arXiv 2510.13999); mix the domains you need: --calibration code=FILE math=FILE"
 )
-_ABOUT_ZEROS = (  # flags of the other patterns, and what they would be without a value
-    *(("config", None), ("allocation_option", None), ("override", None), ("targets", None), ("ignore", None)),
-    *(("repair", False), ("permute", False), ("block_size", None), ("damp", None), ("packed", False)),
-)
 
 
 def run_prune_experts(arguments) -> dict[str, Any]:
     from hf_sparse.atomic import atomic_directory
-    from hf_sparse.commands.prune import _check_shard_size, _save_model
+    from hf_sparse.commands.prune import check_output, check_shard_size, save_model
     from hf_sparse.hub_cards.experts import write_expert_card
     from hf_sparse.instruments import device_name, peak_memory, versions
 
@@ -46,10 +42,9 @@ def run_prune_experts(arguments) -> dict[str, Any]:
     texts = parse_sources("--calibration", arguments.calibration, arguments.samples)
     given = read_scores(parse_sources("--scores", arguments.scores), arguments.saliency)
     output = Path(arguments.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not arguments.overwrite:
-        raise FileExistsError(f"{output} exists and is not empty; choose another --output or pass --overwrite")
+    check_output(output, arguments.overwrite)
     commands.check_device(arguments.device)
-    _check_shard_size(arguments.max_shard_size)
+    check_shard_size(arguments.max_shard_size)
     progress_dir = _progress_dir(arguments, output, bool(texts))
     _check_before_loading(arguments, given)
 
@@ -77,7 +72,7 @@ def run_prune_experts(arguments) -> dict[str, Any]:
     result = report.to_dict() | facts | {"retention": rows, "versions": versions()}
     result |= {"device": device_name(device), "peak_memory_bytes": peak_memory(device), "timings": seconds}
     with atomic_directory(output, overwrite=arguments.overwrite) as staging:
-        _save_model(model, tokenizer, staging, arguments)
+        save_model(model, tokenizer, staging, arguments)
         _save_scores(staging, given, total)
         result["seconds"] = time.perf_counter() - started
         (staging / REPORT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -92,10 +87,14 @@ def run_prune_experts(arguments) -> dict[str, Any]:
 
 def _check_flags(arguments) -> None:
     """All that is wrong with the flags alone; fills in the defaults of this pattern."""
+    from hf_sparse.commands.prune import ABOUT_LAYERS, ABOUT_ZEROS, flags_given
     from hf_sparse.pruning.expert_scores import check_saliency
 
-    wrong = [f"--{name.replace('_', '-')}" for name, empty in _ABOUT_ZEROS if getattr(arguments, name) != empty]
-    if wrong:
+    if layers := flags_given(arguments, ABOUT_LAYERS):
+        raise ValueError(
+            f"{', '.join(layers)} chooses whole layers; it goes with --pattern layer, not with --pattern expert"
+        )
+    if wrong := flags_given(arguments, ABOUT_ZEROS):
         raise ValueError(
             f"{', '.join(wrong)} shape{'s' if len(wrong) == 1 else ''} zeros within weights; --pattern expert removes whole "
             "experts and leaves no zeros. Prune the experts first, then the result a second time with another pattern"

@@ -48,6 +48,7 @@ _MAY_DIFFER = (
     "transformers_version",
     "hf_sparse",
     "hf_sparse_experts",
+    "hf_sparse_layers",
     "dtype",
     "torch_dtype",
     "use_cache",

@@ -7,9 +7,14 @@
 Which one a dataset has is seen by its columns; ``columns={"prompt": ..., "response": ...}`` says it instead.
 """
 
+import csv
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["Messages", "read_row", "row_reader"]
+from hf_sparse.data import check_source
+
+__all__ = ["Messages", "load_rows", "read_row", "row_reader"]
 
 Messages = list[dict[str, str]]
 # (columns of the prompt, joined by an empty line where they are not empty; column of the response)
@@ -31,6 +36,60 @@ _ROLES = {
     "model": "assistant",
     "system": "system",
 }
+
+
+def load_rows(source: str, split: str = "train", limit: int | None = None):
+    """A ``datasets.Dataset`` of a file of JSON lines, CSV or Parquet, or of a Hub dataset (``name`` or ``name:configuration``).
+
+    Args:
+        split: of a Hub dataset. limit: only the first rows.
+
+    Raises:
+        FileNotFoundError, ValueError: a source that cannot be read, or has no rows.
+    """
+    import datasets
+
+    path = Path(source)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is a number of rows, at least 1; got {limit}")
+    if path.suffix == ".parquet":
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {source}")
+        rows = datasets.Dataset.from_parquet(str(path))
+    elif path.suffix == ".csv" and path.exists():
+        check_source(source)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = datasets.Dataset.from_list(list(csv.DictReader(file)))
+    elif path.exists() or path.suffix in (".jsonl", ".json"):
+        check_source(source)
+        rows = datasets.Dataset.from_list(_json(path))
+    else:
+        check_source(source)
+        name, _, configuration = source.partition(":")
+        try:
+            rows = datasets.load_dataset(name, configuration or None, split=split)
+        except Exception as error:
+            raise ValueError(f"{source!r} is neither a file here nor a dataset that can be loaded: {error}") from error
+    if not len(rows):
+        raise ValueError(f"{source} has no rows")
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _json(path: Path) -> list[dict]:
+    """The objects of a file: one a line, or one list of them."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not a JSON object a line: {error}") from error
+    if wrong := next((row for row in rows if not isinstance(row, dict)), None):
+        raise ValueError(f"{path}: a row is an object with named columns, got {wrong!r}"[:300])
+    return rows
 
 
 def row_reader(column_names: Iterable[str], columns: dict[str, str] | None = None):

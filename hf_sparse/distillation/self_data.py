@@ -30,7 +30,7 @@ from hf_sparse.distillation.rows import row_reader
 from hf_sparse.distillation.templates import load_template
 from hf_sparse.instruments import progress_bar, versions
 
-__all__ = ["BANNED", "RUN_FILE", "self_distill", "verdict"]
+__all__ = ["BANNED", "RUN_FILE", "process_share", "self_distill", "verdict", "wait_for_all"]
 
 # a response that speaks of the answer it was given; the first five and the last are those of Self-Distillation Fine-Tuning
 BANNED = (
@@ -143,7 +143,7 @@ def self_distill(
     form = load_template(template)
     extract = _extractor(extractor)
     clean = clean or (without_calculator_notes if extract is number else str)
-    share, shares = _process()
+    share, shares = process_share()
     if shares > 1 and output_dir is None:
         raise ValueError("several processes share the rows through output_dir; give one that all of them see")
     settings = {
@@ -204,7 +204,7 @@ def self_distill(
             )
             rate = tokens / (time.perf_counter() - started)
             step(f"{rate:.0f} tokens/s, {accepted[True] / accepted.total():.0%} taken")
-    _wait(shares)
+    wait_for_all(shares)
     finished = store.all(len(rows))
     record["settings"] = json.dumps(
         {k: v for k, v in settings.items() if k != "versions"} | settings["versions"], sort_keys=True
@@ -227,12 +227,13 @@ def _extractor(extractor):
     return EXTRACTORS[extractor]
 
 
-def _process() -> tuple[int, int]:
+def process_share() -> tuple[int, int]:
     """This process's number and how many there are."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _wait(shares: int) -> None:
+def wait_for_all(shares: int) -> None:
+    """Returns when every process is here."""
     if shares > 1:
         from accelerate import PartialState
 

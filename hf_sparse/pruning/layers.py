@@ -15,7 +15,7 @@ The last layer is kept unless asked for: what follows it expects its output. A s
 how many layers there are, per-layer lists in it lose the same entries, and the KV cache is numbered anew.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
@@ -26,7 +26,9 @@ from hf_sparse.instruments import progress_bar
 from hf_sparse.pruning.checks import check_placement, check_tokens
 from hf_sparse.pruning.layer_config import check_same_layers, without_layers
 
-__all__ = ["LayerReport", "LayerScores", "drop_layers", "score_layers"]
+__all__ = ["LAYERS_KEY", "LayerReport", "LayerScores", "drop_layers", "score_layers"]
+
+LAYERS_KEY = "hf_sparse_layers"  # in config.json: which layers stayed of how many
 
 _TOKENS_PER_STEP = {"cuda": 8192, "cpu": 2048}
 
@@ -90,6 +92,9 @@ class LayerReport:
     parameters_before: int
     parameters_after: int
     notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
 
 
 @torch.no_grad()
@@ -169,6 +174,8 @@ def _last_tokens(captured) -> torch.Tensor:
 def drop_layers(model: nn.Module, layers: list[int]) -> LayerReport:
     """Removes decoder layers, in place; the model saves, loads and generates as a stock model with fewer layers.
 
+    Its config remembers under ``hf_sparse_layers`` which layers of the first model are left, through any number of calls.
+
     Args:
         layers: indices of the layers to remove, in a row or not.
 
@@ -200,4 +207,8 @@ def drop_layers(model: nn.Module, layers: list[int]) -> LayerReport:
     for module in model.modules():
         if vars(module).get("num_hidden_layers") == len(kept) + len(dropped):
             module.num_hidden_layers = len(kept)
+    earlier = getattr(model.config, LAYERS_KEY, None) or {}
+    first = earlier.get("kept", range(len(kept) + len(dropped)))
+    record = {"layers_before": earlier.get("layers_before", len(first)), "kept": [first[index] for index in kept]}
+    setattr(model.config, LAYERS_KEY, record)
     return LayerReport(dropped, kept, before, sum(p.numel() for p in model.parameters()))
