@@ -30,7 +30,8 @@ from torch import nn
 from transformers import Trainer
 
 from hf_sparse.distillation.losses import kl_from_states, output_head, predicts_label, squarehead
-from hf_sparse.loading import load_model
+from hf_sparse.distillation.vocabulary import shared_vocabulary
+from hf_sparse.loading import load_model, load_tokenizer
 
 __all__ = ["DistillationLoss", "DistillationMixin", "DistillationTrainer"]
 
@@ -46,6 +47,8 @@ class DistillationLoss:
         temperature: of the KL divergence.
         layers: pairs (student layer, teacher layer) that SquareHead compares, see
             :func:`hf_sparse.distillation.losses.squarehead`; None compares each with its equal.
+        vocabulary: how many tokens KL compares, where the models' vocabularies are one tokenizer's, padded to different sizes:
+            ``len(tokenizer)``; None: all. It is found out if the teacher is given by its name.
     """
 
     ce: float = 1.0
@@ -53,6 +56,7 @@ class DistillationLoss:
     kl: float = 0.0
     temperature: float = 1.0
     layers: tuple[tuple[int, int], ...] | None = None
+    vocabulary: int | None = None
 
     def __post_init__(self):
         for name in ("ce", "squarehead", "kl"):
@@ -62,6 +66,8 @@ class DistillationLoss:
             raise ValueError("squarehead and kl are both 0: nothing is distilled; use the plain Trainer")
         if self.temperature <= 0:
             raise ValueError(f"temperature is positive, got {self.temperature}")
+        if self.vocabulary is not None and self.vocabulary < 1:
+            raise ValueError(f"vocabulary is a number of tokens, at least 1; got {self.vocabulary}")
 
 
 class DistillationMixin:
@@ -88,11 +94,15 @@ class DistillationMixin:
             )
         self.distillation = distillation or DistillationLoss()
         student = _base(self.model)
+        tokenizers = [getattr(self, "processing_class", None), None]
         if isinstance(teacher, str):
+            if self.distillation.kl and tokenizers[0] is not None:
+                tokenizers[1] = load_tokenizer(teacher)
             teacher = load_model(teacher, dtype=str(student.dtype).removeprefix("torch."))
         if teacher is self.model or teacher is student:
             raise ValueError("the teacher is the model in training; pass the dense model, or copy.deepcopy(model)")
         _check_fit(student, _base(teacher), self.distillation)
+        self._vocabulary = _compared_tokens(student, _base(teacher), self.distillation, *tokenizers)
         self.teacher = teacher.eval()
         self._parts: dict[str, torch.Tensor] = {}
         self._parts_since = 0
@@ -132,7 +142,13 @@ class DistillationMixin:
             items = num_items_in_batch if shared else None
             with self.accelerator.autocast():
                 kl = kl_from_states(
-                    ours[-1], theirs[-1], *self._heads, mask, temperature=weights.temperature, items=items
+                    ours[-1],
+                    theirs[-1],
+                    *self._heads,
+                    mask,
+                    temperature=weights.temperature,
+                    items=items,
+                    vocabulary=self._vocabulary,
                 )
             if shared:
                 kl = kl / steps if items is None else kl * self._ranks_counted()
@@ -207,7 +223,19 @@ def _check_fit(student: nn.Module, teacher: nn.Module, distillation: Distillatio
             f"{names[0]} has {ours.num_hidden_layers} layers, {names[1]} has {theirs.num_hidden_layers}; say which are "
             "compared: DistillationLoss(layers=((student layer, teacher layer), ...))"
         )
-    if distillation.kl and ours.vocab_size != theirs.vocab_size:
-        raise ValueError(
-            f"{names[0]} has {ours.vocab_size} tokens, {names[1]} has {theirs.vocab_size}; KL needs the same"
-        )
+
+
+def _compared_tokens(student, teacher, distillation: DistillationLoss, tokenizer, teacher_tokenizer) -> int | None:
+    """How many tokens KL compares."""
+    if not distillation.kl:
+        return None
+    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    if distillation.vocabulary is not None:
+        if distillation.vocabulary > min(sizes):
+            raise ValueError(
+                f"vocabulary={distillation.vocabulary}, but student {type(student).__name__} has {sizes[0]} tokens and teacher "
+                f"{type(teacher).__name__} {sizes[1]}"
+            )
+        return distillation.vocabulary
+    names = f"student {type(student).__name__}", f"teacher {type(teacher).__name__}"
+    return shared_vocabulary(*sizes, tokenizer, teacher_tokenizer, names)

@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     words.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default %(default)s")
     words.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default %(default)s")
     words.add_argument(
-        "--backend", metavar="B", help="generate or continuous (CUDA); default: the faster one for MODEL"
+        "--backend", metavar="B", help="generate (default) or continuous (CUDA)"
     )
     words.add_argument(
         "--tokens-per-batch",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_sparse import evaluation
-from hf_sparse.evaluation import perplexity
+from hf_sparse.evaluation import perplexity, response_losses
 
 
 def tokens(count, seed=0) -> torch.Tensor:
@@ -106,3 +106,35 @@ def test_what_cannot_be_scored(tiny_llama, count, length, message):
 def test_no_windows_asked_for(tiny_llama):
     with pytest.raises(ValueError, match="max_windows is at least 1, got 0"):
         perplexity(tiny_llama, tokens(40), 20, max_windows=0)
+
+
+def test_responses_are_scored_as_alone_and_over_the_response_only(tiny_model):
+    """Padding and batching change nothing; the loss is transformers' with the prompt's labels ignored, KL that of torch."""
+    from torch.nn.functional import kl_div, log_softmax
+
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        (torch.randint(3, 300, (size,), generator=generator).tolist(), prompt)
+        for size, prompt in ((9, 4), (5, 1), (12, 11))
+    ]
+    scores = response_losses(model, rows, other, tokens_per_batch=24)
+    for place, (row, prompt) in enumerate(rows):
+        batch = torch.tensor([row])
+        labels = batch.clone()
+        labels[:, :prompt] = -100
+        with torch.no_grad():
+            output, reference = model(batch, labels=labels), other(batch).logits
+        assert scores["loss"][place] == pytest.approx(output.loss.item(), rel=1e-4)
+        given, wanted = (log_softmax(logits[0, prompt - 1 : -1].float(), -1) for logits in (output.logits, reference))
+        expected = kl_div(given, wanted, log_target=True, reduction="sum") / (len(row) - prompt)
+        assert scores["kl"][place] == pytest.approx(expected.item(), rel=1e-4)
+    assert max(response_losses(model, rows, model)["kl"]) == pytest.approx(0, abs=1e-6)
+    assert "kl" not in response_losses(model, rows)
+
+
+def test_responses_that_cannot_be_scored(tiny_llama):
+    with pytest.raises(ValueError, match="no rows to score"):
+        response_losses(tiny_llama, [])
+    with pytest.raises(ValueError, match="row 1 has 3 tokens of prompt and 3 in all"):
+        response_losses(tiny_llama, [([1, 2], 1), ([1, 2, 3], 3)])

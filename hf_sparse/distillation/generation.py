@@ -36,10 +36,12 @@ class Response:
 
 
 def choose_backend(model) -> str:
-    """``server`` for a URL, ``continuous`` on CUDA where transformers has it, else ``generate``."""
-    if isinstance(model, str):
-        return "server"
-    return "continuous" if model.device.type == "cuda" and hasattr(model, "generate_batch") else "generate"
+    """``server`` for a URL, else ``generate``.
+
+    Not ``continuous`` on CUDA: for SmolLM2-135M on an H200 it had not ended when ``generate`` on large batches was long done
+    (examples/results/rewriting_speed.json). Where responses differ much in length and the model is large it may win.
+    """
+    return "server" if isinstance(model, str) else "generate"
 
 
 def respond(

@@ -98,6 +98,7 @@ def kl_divergence(
     *,
     temperature: float = 1.0,
     items: torch.Tensor | float | None = None,
+    vocabulary: int | None = None,
 ) -> torch.Tensor:
     """KL(teacher || student) per token times the squared temperature, a float32 scalar in nats.
 
@@ -109,15 +110,18 @@ def kl_divergence(
         temperature: above 1 looks at the unlikely tokens more.
         items: what the sum is divided by; None: the positions that count. With gradient accumulation pass the number of
             the whole step, so that the micro-batches' losses add up to that of one large batch.
+        vocabulary: compare the first so many entries only, for padded vocabularies of one tokenizer
+            (:func:`hf_sparse.distillation.vocabulary.shared_vocabulary`); None: all, which then must be equally many.
 
     Raises:
         ValueError: different vocabularies or shapes, a temperature that is not positive.
     """
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(f"student and teacher saw different tokens: {tuple(student.shape)} and {tuple(teacher.shape)}")
-    _check_kl(student, teacher, temperature)
+    vocabulary = _check_kl(student, teacher, temperature, vocabulary)
     same = nn.Identity()
-    return _kl(student, teacher, same, same, mask, temperature, items, student.shape[-1])
+    widest = max(student.shape[-1], teacher.shape[-1])
+    return _kl(student, teacher, same, same, mask, temperature, items, vocabulary, widest)
 
 
 def kl_from_states(
@@ -129,6 +133,7 @@ def kl_from_states(
     *,
     temperature: float = 1.0,
     items: torch.Tensor | float | None = None,
+    vocabulary: int | None = None,
 ) -> torch.Tensor:
     """:func:`kl_divergence` from the last hidden states ``[..., width]`` and the heads that make logits of them.
 
@@ -142,8 +147,9 @@ def kl_from_states(
         raise ValueError(f"student and teacher saw different tokens: {tuple(student.shape)} and {tuple(teacher.shape)}")
     with torch.no_grad():
         first, other = student_head(student.flatten(0, -2)[:1]), teacher_head(teacher.flatten(0, -2)[:1])
-    _check_kl(first, other, temperature)
-    return _kl(student, teacher, student_head, teacher_head, mask, temperature, items, first.shape[-1])
+    vocabulary = _check_kl(first, other, temperature, vocabulary)
+    widest = max(first.shape[-1], other.shape[-1])
+    return _kl(student, teacher, student_head, teacher_head, mask, temperature, items, vocabulary, widest)
 
 
 def predicts_label(labels: torch.Tensor) -> torch.Tensor:
@@ -196,27 +202,34 @@ def _check_head(model: nn.Module, head: Callable) -> None:
         )
 
 
-def _check_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> None:
+def _check_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float, vocabulary: int | None) -> int:
+    """How many entries are compared."""
     if temperature <= 0:
         raise ValueError(f"temperature is positive, got {temperature}")
-    if student.shape[-1] != teacher.shape[-1]:
+    sizes = student.shape[-1], teacher.shape[-1]
+    if vocabulary is None and sizes[0] != sizes[1]:
         raise ValueError(
-            f"the student's vocabulary has {student.shape[-1]} entries, the teacher's {teacher.shape[-1]}; KL compares "
-            "distributions over the same tokens"
+            f"the student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}; KL compares distributions over "
+            "the same tokens. Padded vocabularies of one tokenizer: say vocabulary=len(tokenizer)"
         )
+    if vocabulary is not None and not 1 <= vocabulary <= min(sizes):
+        raise ValueError(f"vocabulary lies from 1 to {min(sizes)}, what both models have; got {vocabulary}")
+    return vocabulary or sizes[0]
 
 
-def _kl(student, teacher, student_head, teacher_head, mask, temperature, items, vocabulary: int) -> torch.Tensor:
+def _kl(
+    student, teacher, student_head, teacher_head, mask, temperature, items, vocabulary: int, widest: int
+) -> torch.Tensor:
     teacher = teacher.detach().to(student.device)
     if mask is None:
         student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     else:
         mask = mask.bool().to(student.device)
         student, teacher = student[mask], teacher[mask]
-    rows = max(1, _ELEMENTS_PER_PIECE // vocabulary)
+    rows = max(1, _ELEMENTS_PER_PIECE // widest)
     total = student.float().sum() * 0  # a batch without labels still has a gradient: zero
     for ours, theirs in zip(student.split(rows), teacher.split(rows), strict=True):
-        total = total + _recomputed(_kl_block, ours, theirs, student_head, teacher_head, temperature)
+        total = total + _recomputed(_kl_block, ours, theirs, student_head, teacher_head, temperature, vocabulary)
     return total / torch.as_tensor(len(student) if items is None else items, device=total.device).clamp(min=1)
 
 
@@ -233,10 +246,10 @@ def _layer_error(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tenso
     return (error.square().sum() / count) / (teacher.square().sum() / count + eps)
 
 
-def _kl_block(student, teacher, student_head, teacher_head, temperature: float) -> torch.Tensor:
+def _kl_block(student, teacher, student_head, teacher_head, temperature: float, vocabulary: int) -> torch.Tensor:
     with torch.no_grad():
-        wanted = log_softmax(teacher_head(teacher).float() / temperature, dim=-1)
-    given = log_softmax(student_head(student).float() / temperature, dim=-1)
+        wanted = log_softmax(teacher_head(teacher)[..., :vocabulary].float() / temperature, dim=-1)
+    given = log_softmax(student_head(student)[..., :vocabulary].float() / temperature, dim=-1)
     return kl_div(given, wanted, log_target=True, reduction="sum") * temperature**2
 
 

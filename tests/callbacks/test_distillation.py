@@ -284,8 +284,11 @@ def test_what_cannot_work_is_said_at_once(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="has width 64, teacher LlamaForCausalLM has 32"):
         build(tiny_model("llama", hidden_size=32))
     build(tiny_model("llama", hidden_size=32), squarehead=0, kl=1.0)
-    with pytest.raises(ValueError, match="320 tokens, teacher LlamaForCausalLM has 300"):
+    with pytest.raises(ValueError, match="320 tokens, the teacher LlamaForCausalLM has 300.*padded to different sizes"):
         build(tiny_model("llama", vocab_size=300), kl=1.0)
+    with pytest.raises(ValueError, match="vocabulary=301, but student LlamaForCausalLM has 320 tokens and teacher"):
+        build(tiny_model("llama", vocab_size=300), kl=1.0, vocabulary=301)
+    build(tiny_model("llama", vocab_size=300), kl=1.0, vocabulary=290)
     with pytest.raises(ValueError, match="nothing is distilled"):
         DistillationLoss(squarehead=0)
     with pytest.raises(ValueError, match="weight kl is not negative, got -1"):

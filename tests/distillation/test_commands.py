@@ -50,7 +50,17 @@ def test_rows_come_back_with_their_provenance(server, said, sums, tmp_path, caps
     out = tmp_path / "out"
     with server(answer) as (url, seen):
         code, text, err = run(
-            capsys, "distill", url, sums, "--template", "rewrite_math", "--extractor", "number", "--output", out, "--json"
+            capsys,
+            "distill",
+            url,
+            sums,
+            "--template",
+            "rewrite_math",
+            "--extractor",
+            "number",
+            "--output",
+            out,
+            "--json",
         )
     assert code == 0, err
     result = json.loads(text)

@@ -1,5 +1,6 @@
 """SquareHead and KL against the released code's numbers, closed forms, and autograd without recomputation."""
 
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from hf_sparse.distillation import losses
 from hf_sparse.distillation.losses import EPS, kl_divergence, kl_from_states, output_head, predicts_label, squarehead
+from hf_sparse.distillation.vocabulary import shared_vocabulary
 
 
 def example():
@@ -44,6 +46,10 @@ def test_closed_forms():
     silent = [torch.zeros_like(state) for state in teacher]
     assert squarehead(silent, teacher, eps=0.0).item() == pytest.approx(3)
     assert squarehead([3 * state for state in teacher], teacher, eps=0.0, reduction="mean").item() == pytest.approx(4)
+    # with the released code's eps a layer of mean square m costs m / (m + eps): 1 but for what eps is beside m
+    sizes = [float(state.square().mean()) for state in teacher[1:]]
+    expected = sum(size / (size + EPS) for size in sizes)
+    assert squarehead(silent, teacher).item() == pytest.approx(expected, rel=1e-6) and 2.97 < expected < 3
     # one token, two words: KL of two Bernoulli distributions
     p, q = 0.7, 0.4
     logits = lambda x: torch.tensor([[math.log(x), math.log(1 - x)]])  # noqa: E731
@@ -153,6 +159,43 @@ def test_kl_from_states_is_kl_of_the_logits(tiny_model):
     got = kl_from_states(ours.hidden_states[-1], theirs.hidden_states[-1], *heads, mask, temperature=2.0)
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(torch.autograd.grad(got, student.lm_head.weight)[0], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("elements", [2**25, 30])
+def test_padded_vocabularies_are_compared_over_the_tokens_alone(monkeypatch, elements):
+    """Whatever stands in the padding of either model, KL and its gradient are those of the tokens."""
+    monkeypatch.setattr(losses, "_ELEMENTS_PER_PIECE", elements)
+    _, _, student, teacher, _, labels = example()
+    mask = labels != -100
+    expected = kl_divergence(student[..., :9].clone().requires_grad_(), teacher[..., :9], mask)
+    padded = torch.cat([teacher[..., :9], torch.full((2, 5, 6), 50.0)], -1)
+    student = student.clone().requires_grad_()
+    loss = kl_divergence(student, padded, mask, vocabulary=9)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    assert student.grad[..., :9][mask].abs().sum() > 0 and not student.grad[..., 9:].any()
+    with pytest.raises(ValueError, match="vocabulary lies from 1 to 11, what both models have; got 12"):
+        kl_divergence(student, padded, mask, vocabulary=12)
+
+
+def test_shared_vocabularies(tiny_tokenizer):
+    size = len(tiny_tokenizer)
+    assert shared_vocabulary(512, 512) == 512
+    assert shared_vocabulary(512, 640, tiny_tokenizer, tiny_tokenizer) == size
+    with pytest.raises(
+        ValueError, match=f"student has 512 tokens, the teacher has 640.*vocabulary={size}, what the student's"
+    ):
+        shared_vocabulary(512, 640, tiny_tokenizer)
+    with pytest.raises(ValueError, match=r"padded to different sizes.*vocabulary=len\(tokenizer\)"):
+        shared_vocabulary(512, 640)
+    with pytest.raises(ValueError, match=f"the tokenizer {size}: KL needs every token in both"):
+        shared_vocabulary(512, size - 1, tiny_tokenizer, tiny_tokenizer)
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens(["<new>"])
+    with pytest.raises(
+        ValueError, match=f"the tokenizers differ .1 entries; only that of the teacher has '<new>' as {size}"
+    ):
+        shared_vocabulary(512, 512, tiny_tokenizer, other)
 
 
 def test_positions_that_predict_a_label():

@@ -1,7 +1,9 @@
 """Depth pruning against hidden states recorded by hooks, published parameter counts, and models that skip the same layers."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,22 @@ def test_distances_and_influence_are_those_of_the_recorded_hidden_states(family)
     assert len(spans) == 5 and spans[1] == scores.distance[1, 3]
     assert scores.best_span(2)[0] == int(spans[:-1].argmin())
     assert scores.best_span(2, keep_last=False)[0] == int(spans.argmin())
+
+
+def test_distances_are_those_of_pruneme():
+    """Recorded from PruneMe's own functions. Its first span begins after the first layer, and those that reach the end are
+    compared after the final norm, which is left out here: dropping layers does not skip the norm."""
+    recorded = json.loads((Path(__file__).parents[1] / "data" / "pruneme.json").read_text())
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    for number, parameter in enumerate(model.parameters()):
+        if parameter.dim() > 1:  # no generator: the same on every machine
+            waves = torch.arange(parameter.numel(), dtype=torch.float64) * (0.37 + 0.11 * number)
+            parameter.data.copy_(waves.sin().mul(0.4).view_as(parameter))
+    batch = torch.tensor(recorded["batch"])
+    scores = score_layers(model, {"input_ids": batch, "attention_mask": (batch != 0).long()})
+    for count, distances in recorded["distances"].items():
+        inside = distances[:-1]
+        assert scores.spans(int(count))[1 : 1 + len(inside)].tolist() == pytest.approx(inside, abs=2e-6)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -170,6 +188,29 @@ def test_the_language_tower_of_a_vision_language_model():
     assert model.config.text_config.num_hidden_layers == 4 and len(model.model.language_model.layers) == 4
     assert model.config.vision_config.num_hidden_layers == 2
     assert model(ids() % 60).logits.isfinite().all()
+
+
+def test_the_config_remembers_the_layers_of_the_first_model(tmp_path):
+    model = build("llama")
+    drop_layers(model, [1, 4])
+    drop_layers(model, [0])
+    assert model.config.hf_sparse_layers == {"layers_before": 6, "kept": [2, 3, 5]}
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).hf_sparse_layers["kept"] == [2, 3, 5]
+
+
+def test_the_plot_marks_what_went(tmp_path):
+    pytest.importorskip("matplotlib")
+    from hf_sparse.pruning.layer_plots import plot_layers
+
+    scores = score_layers(build("llama"), ids())
+    sizes = []
+    for name, dropped in (("span", [2, 3]), ("scattered", [0, 4]), ("none", [])):
+        plot_layers(scores, dropped, tmp_path / f"{name}.png", title="a model")
+        content = (tmp_path / f"{name}.png").read_bytes()
+        assert content.startswith(b"\x89PNG")
+        sizes.append(hash(content))
+    assert len(set(sizes)) == 3
 
 
 def test_errors():
