@@ -48,15 +48,14 @@ doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: gold
 metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-  - metric: acc_norm
-    aggregation: mean
-    higher_is_better: true
+{metrics}
 metadata:
   version: 1.0
 """
+_METRIC = """  - metric: {name}
+    aggregation: mean
+    higher_is_better: true"""
+_METRICS = {"pubmedqa": ["acc"]}  # of single words the longest would win if lengths were made up for
 
 
 def make_sets(folder: Path | None, seed: int = 0) -> dict[str, dict[str, list[dict]]]:
@@ -117,7 +116,10 @@ def make_tasks(
         chooser.shuffle(items)
         file = directory / f"{name}.jsonl"
         file.write_text("".join(json.dumps(item) + "\n" for item in items[:limit]), encoding="utf-8")
-        (directory / f"{name}.yaml").write_text(_TASK.format(name=name, file=file.absolute()), encoding="utf-8")
+        metrics = "\n".join(_METRIC.format(name=metric) for metric in _METRICS.get(name, ["acc", "acc_norm"]))
+        (directory / f"{name}.yaml").write_text(
+            _TASK.format(name=name, file=file.absolute(), metrics=metrics), encoding="utf-8"
+        )
     return list(tasks)
 
 

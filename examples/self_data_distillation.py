@@ -15,7 +15,7 @@ multiple-choice tasks of the evaluation harness. DIR of --data holds any of gsm8
 e2e_dev.csv, wikitext2_valid.txt, wikitext2_test.txt, humaneval.jsonl; ``_self_data_sets.py`` says what is made of them.
 
 Everything lies in --output and is made once: a run that was ended goes on where it stopped. Models are in output/models;
-the report, recovery.json, and a picture per depth appear at the end.
+the report, recovery.json, and the pictures (``_self_data_report.py`` says which) appear at the end.
 """
 
 import argparse
@@ -81,6 +81,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    from _self_data_report import report
+
     if arguments.report:
         report(arguments.output)
         return
@@ -280,57 +282,6 @@ def work(waiting: list[dict], options: dict, workers: int, started: float, conso
                     done_jobs += 1
                     seconds = time.monotonic() - started
                     console.print(f"{one.result()['label']} ({done_jobs} of {total}, {seconds:.0f} s)")
-
-
-def report(output: Path) -> None:
-    """The recovery of every model that was measured: one table and one picture a depth, one JSON for all."""
-    from rich.console import Console
-
-    from hf_sparse.atomic import atomic_write_text
-    from hf_sparse.recovery import Measure, RecoveryReport
-
-    options = json.loads((output / "options.json").read_text(encoding="utf-8"))
-
-    def read(file: Path) -> dict[str, Measure]:
-        return {name: Measure.from_dict(row) for name, row in json.loads(file.read_text(encoding="utf-8")).items()}
-
-    original, console = read(output / "measures" / "original.json"), Console()
-    name = Path(options["model"]).name
-    shown = (
-        "model",
-        "remove",
-        "seeds",
-        "rows",
-        "epochs",
-        "steps",
-        "batch_size",
-        "accumulation",
-        "learning_rate",
-        "lora",
-    )
-    shown += ("length", "window", "windows", "held_out", "limit", "new_tokens")
-    content = options["facts"] | {"settings": {key: options[key] for key in shown} | {"model": name}}
-    content["rewriting"] = {
-        file.parent.name: json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted((output / "sets").glob("*/rewriting.json"))
-    }
-    content["depths"] = {}
-    for folder in sorted((output / "measures").glob("* layers"), key=lambda f: int(f.name.split()[0])):
-        files = {file.stem: file for file in folder.glob("*.json")}
-        labels = sorted(files, key=lambda label: (label != "pruned", "merged" in label, label))
-        recovered = RecoveryReport(name, {label: read(files[label]) for label in labels}, original)
-        console.print(f"{folder.name} dropped", *recovered.tables(console.width))
-        for note in recovered.notes():
-            console.print(f"note: {note}")
-        made = {label: output / "models" / folder.name / label / "made.json" for label in labels}
-        made = {label: json.loads(file.read_text()) for label, file in made.items() if file.is_file()}
-        content["depths"][folder.name] = recovered.to_dict() | {"made": made}
-        try:
-            recovered.plot(output / f"recovery {folder.name}.png")
-        except ModuleNotFoundError:
-            console.print("no plot: matplotlib is not installed")
-    atomic_write_text(output / "recovery.json", json.dumps(content, indent=1) + "\n")
-    console.print(f"saved {output / 'recovery.json'}")
 
 
 if __name__ == "__main__":

@@ -218,9 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     words.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: greedy")
     words.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default %(default)s")
     words.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default %(default)s")
-    words.add_argument(
-        "--backend", metavar="B", help="generate (default) or continuous (CUDA)"
-    )
+    words.add_argument("--backend", metavar="B", help="generate (default) or continuous (CUDA)")
     words.add_argument(
         "--tokens-per-batch",
         type=int,

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["Timer", "device_name", "peak_memory", "progress_bar", "reset_peak_memory", "versions"]
+__all__ = [
+    "Timer",
+    "device_name",
+    "peak_memory",
+    "progress_bar",
+    "reset_peak_memory",
+    "tables_side_by_side",
+    "versions",
+]
 
 
 class Timer:
@@ -64,6 +72,31 @@ def progress_bar(show: bool, what: str, total: int):
     with Progress(*left, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda text: bar.update(task, advance=1, description=f"{what} {text}")
+
+
+def tables_side_by_side(rows: list[str], columns: dict[str, list[str]], width: int) -> list:
+    """Rich Tables with one column per entry of ``columns``, as many beside each other as fit into ``width`` characters.
+
+    Words are not broken: a heading takes several lines, a cell is as wide as its widest word or line.
+    """
+    from rich.table import Table
+
+    parts: list[list[str]] = []
+    left = 0
+    for label, cells in columns.items():
+        needs = 3 + max(len(word) for word in (*label.split(), *"\n".join(cells).split("\n")))
+        if not parts or needs > left:
+            parts.append([])
+            left = width - max(map(len, rows)) - 4
+        parts[-1].append(label)
+        left -= needs
+    tables = []
+    for labels in parts:
+        table = Table("", *labels, show_lines=any("\n" in cell for label in labels for cell in columns[label]))
+        for place, name in enumerate(rows):
+            table.add_row(name, *(columns[label][place] for label in labels))
+        tables.append(table)
+    return tables
 
 
 def device_name(device: torch.device) -> str:

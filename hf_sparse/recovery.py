@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.instruments import tables_side_by_side
+
 __all__ = ["KINDS", "Measure", "RecoveryReport", "average_recovery", "recovery"]
 
 KINDS = ("accuracy", "perplexity", "divergence")
@@ -197,35 +199,13 @@ class RecoveryReport:
     def tables(self, width: int = 100) -> list:
         """Rich Tables no wider than ``width`` characters where that is possible: a row per measure, a column per model, value
         and recovery with its standard error; as many tables as the models need."""
-        from rich.table import Table
-
         names = list(dict.fromkeys([*self.original, *(name for m in self.models.values() for name in m)]))
         tasks = any(measure.kind == "accuracy" for measure in self.original.values())
         columns = {self.name: [_cell(self.original.get(name)) for name in names] + (["100%"] if tasks else [])}
         for label, measures in self.models.items():
             columns[label] = [_cell(measures.get(name), self.original.get(name)) for name in names]
             columns[label] += [_percent(*average_recovery(measures, self.original))] if tasks else []
-        first = [*names, *(["average of tasks"] if tasks else [])]
-        # a cell's words are not broken: "64.9% ± 1.2" stays in one line, a label may take several
-        needs = {
-            label: 3 + max(len(word) for word in (*label.split(), *"\n".join(cells).split("\n")))
-            for label, cells in columns.items()
-        }
-        parts: list[list[str]] = []
-        left = 0
-        for label in columns:
-            if not parts or needs[label] > left:
-                parts.append([])
-                left = width - max(map(len, first)) - 4
-            parts[-1].append(label)
-            left -= needs[label]
-        tables = []
-        for labels in parts:
-            table = Table("", *labels, show_lines=True)
-            for place, name in enumerate(first):
-                table.add_row(name, *(columns[label][place] for label in labels))
-            tables.append(table)
-        return tables
+        return tables_side_by_side([*names, *(["average of tasks"] if tasks else [])], columns, width)
 
     def plot(self, path: str | Path) -> None:
         """Recovery of every model on every measure, with standard errors, as an image at ``path``.

@@ -34,8 +34,8 @@ def shared_vocabulary(
             holders = [name for name, tokens in zip(names, (ours, theirs), strict=True) if tokens.get(token) == index]
             raise ValueError(
                 f"the tokenizers differ ({len(different)} entries; only that of the {holders[0]} has {token!r} as {index}): KL "
-                "would compare the probabilities of different words. Distil with SquareHead only (kl=0) where the widths allow, "
-                "or let the teacher write the data (hf-sparse distill) and fine-tune on that"
+                "would compare the probabilities of different words. Distil with SquareHead only (kl=0) where the widths "
+                "allow, or let the teacher write the data (hf-sparse distill) and fine-tune on that"
             )
     if student == teacher:
         return student

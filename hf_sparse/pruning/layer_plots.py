@@ -45,12 +45,16 @@ def plot_layers(scores: LayerScores, dropped: list[int], path: str | Path, title
         )
     spans.set_xlabel("first layer of the span")
     spans.set_ylabel("layers in the span")
-    spans.legend(fontsize=8, loc="upper right")
+    spans.legend(fontsize=8, loc="upper right", facecolor="lightgrey")
     spans.set_title("angular distance over every span (0: the same direction)", fontsize=10)
     figure.colorbar(drawn, ax=spans)
     colours = ["tab:red" if layer in set(dropped) else "tab:blue" for layer in range(layers)]
     single.bar(range(layers), scores.influence.tolist(), color=colours)
-    single.set_yscale("log")
+    least = min((value for value in scores.influence.tolist() if value > 1e-6), default=1e-6)
+    if float(scores.influence.min()) > 1e-6:
+        single.set_yscale("log")
+    else:  # a logarithmic axis has no room for a layer that does nothing
+        single.set_yscale("symlog", linthresh=least)
     single.set_xlabel("layer")
     single.set_title("block influence of single layers (dropped: red)", fontsize=10)
     if title:
