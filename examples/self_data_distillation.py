@@ -143,6 +143,8 @@ def prepare(arguments) -> None:
         folder = arguments.output / "sets" / name
         folder.mkdir(parents=True, exist_ok=True)
         for part, rows in parts.items():
+            if arguments.tiny:  # what the smallest models have room for
+                rows = sorted(rows, key=lambda row: len(json.dumps(row)))
             rows = rows[: arguments.rows] if part == "train" else rows
             if part == "train" and arguments.sets and name not in arguments.sets:
                 continue
