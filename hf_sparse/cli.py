@@ -1,4 +1,4 @@
-"""The command line: prune, distill, merge, recovery, inspect, eval, bench, pack, unpack, export, spectral.
+"""The command line: prune, distill, merge, recovery, inspect, eval, bench, bench speculative, pack, unpack, export, spectral.
 
 Each command is one function that takes the parsed arguments and returns a dict; ``--json`` prints that dict as the only
 thing on standard output, otherwise a table is shown. Progress goes to standard error. Anything wrong with the arguments is
@@ -15,6 +15,7 @@ import sys
 
 from hf_sparse import commands
 from hf_sparse.commands.bench import run_bench
+from hf_sparse.commands.bench_speculative import run_bench_speculative
 from hf_sparse.commands.distill import run_distill
 from hf_sparse.commands.export import run_export
 from hf_sparse.commands.measure import run_eval, run_inspect
@@ -29,7 +30,9 @@ __all__ = ["main"]
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser().parse_args(argv)
+    # argparse takes one word for a command; a model directory may be called "speculative", so only the word right after counts
+    words = ["bench-speculative", *argv[2:]] if list(argv[:2]) == ["bench", "speculative"] else argv
+    arguments = _parser().parse_args(words)
     arguments.command_line = "hf-sparse " + shlex.join(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     stdout = commands.OUTPUT = sys.stdout
@@ -351,6 +354,56 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--output", metavar="FILE", help="write the result as JSON")
     bench.add_argument("--plot", metavar="FILE", help="time by kind of layer as an image")
     _model_flags(bench)
+
+    speculative = _command(
+        subparsers,
+        "bench-speculative",
+        run_bench_speculative,
+        "measure speculative decoding: drafters and policies beside the target alone (also: bench speculative)",
+        "hf-sparse bench speculative TARGET --drafter sparse=DIR dense=DIR --prompts gsm8k.jsonl --policies static:1-8 svip "
+        "tapout "
+        "--output bench.json --plot bench.png",
+    )
+    speculative.add_argument("target", metavar="TARGET", help="Hub id, directory or .gguf file")
+    speculative.add_argument(
+        "--drafter",
+        nargs="+",
+        required=True,
+        action="extend",
+        metavar="NAME=MODEL",
+        help="one or more, of any tokenizer",
+    )
+    speculative.add_argument(
+        "--prompts",
+        nargs="+",
+        required=True,
+        action="extend",
+        metavar="NAME=FILE",
+        help="JSON lines, or a text of one prompt a line",
+    )
+    speculative.add_argument(
+        "--policies",
+        nargs="+",
+        default=["static:5", "confidence", "svip", "tapout"],
+        metavar="P",
+        help="static:K or static:A-B, heuristic, confidence:H, max-confidence:H, margin:H, svip:H, svip-difference:H, "
+        "adaedl:H, tapout, tapout-paper, tapout-token, tapout-thompson, or a file of TapOut.save; default: %(default)s",
+    )
+    speculative.add_argument(
+        "--max-draft", type=int, default=16, metavar="N", help="tokens in a draft; default %(default)s"
+    )
+    speculative.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="of a text; default %(default)s"
+    )
+    speculative.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: greedy")
+    speculative.add_argument("--limit", type=int, metavar="N", help="only the first prompts of each file")
+    speculative.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default %(default)s")
+    speculative.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; default: cpu")
+    speculative.add_argument("--output", metavar="FILE", help="write the result as JSON")
+    speculative.add_argument(
+        "--plot", metavar="FILE", help="speed-ups, draft lengths and what TapOut learned, as an image"
+    )
+    _model_flags(speculative)
 
     pack = _command(
         subparsers,

@@ -93,7 +93,7 @@ def self_distill(
     dataset,
     *,
     processing_class=None,
-    template: str | Path = "instruction",
+    template: str | Path | None = "instruction",
     extractor: str | Callable[[str], Any] | None = None,
     check: Callable[[str, dict], bool] | None = None,
     banned: tuple[str, ...] = BANNED,
@@ -116,7 +116,8 @@ def self_distill(
         model: the unpruned model, or the address of an OpenAI-compatible server that runs it.
         dataset: a ``datasets.Dataset`` of instructions, questions or chats (:mod:`hf_sparse.distillation.rows`).
         processing_class: the model's tokenizer; not needed for a server.
-        template: a name (``instruction``, ``math``, ``question``, ``code``) or the path of a text file.
+        template: a name (``instruction``, ``math``, ``question``, ``code``, ``rewrite``, ``rewrite_math``) or the path of a
+            text file; None: the model sees the prompt alone and answers for itself, as a drafter should learn to.
         extractor: ``number``, ``choice``, ``yes_no``, ``exact``, or a function from text to an answer or None.
         check: called with (response, row); False keeps the reference. For code:
             ``lambda response, row: passes_tests(response, row["test"])``.

@@ -70,13 +70,15 @@ def _fill(text: str, values: dict, name: str) -> str:
     return _FIELD.sub(one, text)
 
 
-def load_template(source: str | Path) -> Template:
-    """The template of a name or file.
+def load_template(source: str | Path | None) -> Template:
+    """The template of a name or file; None is the plain prompt, without the reference: the model answers for itself.
 
     Raises:
         ValueError: a file without a user section that has ``{prompt}`` and ``{reference}``, or with text outside sections.
         FileNotFoundError: neither a known name nor a file; the message has the near match.
     """
+    if source is None:
+        return Template("answer", "", "{prompt}", "")
     names = {file.stem: file for file in sorted(_FOLDER.glob("*.txt"))}
     path = names.get(str(source), Path(source))
     if not path.is_file():

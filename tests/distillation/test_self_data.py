@@ -151,6 +151,16 @@ def test_bad_rows_and_columns():
         self_distill("http://nowhere", data, extractor="numbers", progress=False)
 
 
+def test_without_a_template_the_model_answers_for_itself(server, said, tiny_tokenizer):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"question": "Why?", "answer": "Because."}])
+    with server(lambda request, number: said("So.")) as (url, seen):
+        result = self_distill(url, rows, template=None, progress=False)
+    assert seen[0]["messages"] == [{"role": "user", "content": "Why?"}]
+    assert result[0]["completion"][0]["content"] == "So." and '"template": "answer"' in result[0]["settings"]
+
+
 def test_templates_are_files_that_a_user_can_replace(tmp_path):
     prompt = [{"role": "user", "content": "What is {reference}?"}]  # braces in the data are data
     chat = load_template("math").messages(prompt, "forty-two {prompt}")

@@ -1,0 +1,1 @@
+"""Recipes: what several parts of the package make together."""
