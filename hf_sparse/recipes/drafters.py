@@ -65,6 +65,7 @@ def make_drafter(
     remove: int | None = None,
     saliency: str = "sparsegpt",
     template: str | Path | None = None,
+    words: str = "target",
     tune: bool = True,
     args: Any = None,
     samples: int = 64,
@@ -83,7 +84,8 @@ def make_drafter(
         sparsity, pattern: of the zeros, e.g. 0.5, or pattern="2:4"; remove: instead, layers to drop (a dense baseline).
         saliency: of the zeros.
         template: None: the target answers for itself; or a template by which it rewrites the dataset's responses.
-        tune: False leaves the fine-tuning out (and the data are for calibration only).
+        words: ``target``, who writes the responses; or ``dataset``: they are taken as they are, written already or to compare
+        with. tune: False leaves the fine-tuning out (and the data are for calibration only).
         args: a ``trl.SFTConfig``; default: one epoch, learning rate 1e-4, batches of 8.
         samples, sequence_length: of the calibration.
         device: for writing and pruning; default: where the models are.
@@ -99,21 +101,15 @@ def make_drafter(
         raise ValueError(
             f"give exactly one of sparsity=0.5, pattern='2:4' and remove=15 (layers); got {', '.join(given) or 'none'}"
         )
+    if words not in ("target", "dataset"):
+        raise ValueError(f"words are the target's or the dataset's, got {words!r}")
     output = Path(output_dir)
     if (output / "report.json").is_file():
         return DrafterReport(**json.loads((output / "report.json").read_text()))
     output.mkdir(parents=True, exist_ok=True)
     dense = model_macs(model)
-    rows = _data(
-        target if target is not None else model,
-        dataset,
-        output,
-        processing_class,
-        template,
-        device,
-        progress,
-        generation,
-    )
+    writer = (target if target is not None else model) if words == "target" else None
+    rows = _data(writer, dataset, output, processing_class, template, device, progress, generation)
     _prune(
         model,
         rows,
@@ -158,6 +154,10 @@ def _data(writer, dataset, output: Path, tokenizer, template, device, progress: 
     file = output / "data.jsonl"
     if file.is_file():
         return datasets.Dataset.from_list([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
+    if writer is None:
+        rows = _as_they_are(dataset)
+        atomic_write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return datasets.Dataset.from_list(rows)
     place = None if isinstance(writer, str) else writer.device
     if device is not None and place is not None:
         writer.to(device)
@@ -173,6 +173,18 @@ def _data(writer, dataset, output: Path, tokenizer, template, device, progress: 
     if place is not None:
         writer.to(place)
     atomic_write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def _as_they_are(dataset) -> list[dict]:
+    """The rows with the responses they have, and where those come from, as far as it is known."""
+    from hf_sparse.distillation.rows import row_reader
+
+    read, rows = row_reader(dataset.column_names), []
+    for row in dataset:
+        prompt, response = read(row)
+        completion = [{"role": "assistant", "content": response}]
+        rows.append({"prompt": prompt, "completion": completion, "source": row.get("source", "reference")})
     return rows
 
 
