@@ -82,6 +82,16 @@ def test_without_tuning(tiny_model, tiny_tokenizer, rows, tmp_path):
     assert report.zeros == pytest.approx(0.75, abs=0.01) and report.losses == []
 
 
+def test_words_of_the_dataset(tiny_model, tiny_tokenizer, rows, settings, tmp_path):
+    report = make(
+        tiny_model("llama"), rows, tiny_tokenizer, tmp_path / "out", sparsity=0.5, words="dataset", args=settings
+    )
+    data = [json.loads(line) for line in (tmp_path / "out" / "data.jsonl").read_text().splitlines()]
+    assert report.taken == 0 and [row["completion"][0]["content"] for row in data] == list(rows["answer"])
+    with pytest.raises(ValueError, match="words are the target's or the dataset's, got 'mine'"):
+        make(tiny_model("llama"), rows, tiny_tokenizer, tmp_path / "b", sparsity=0.5, words="mine")
+
+
 def test_macs_of_the_paper():
     """Llama-3.2-3B at 50%: -43.87% MACs, the abstract's number."""
     config = AutoConfig.for_model(
