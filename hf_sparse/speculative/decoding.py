@@ -43,13 +43,16 @@ class SpeculativeDecoding:
             :class:`hf_sparse.speculative.tapout.TapOut`; default: five tokens. It is used by one text at a time.
         tokenizer, draft_tokenizer: of the two models, where they differ (universal assisted generation), or where their
             embeddings are padded to different sizes; not needed for models of one vocabulary.
+        static: run both models over caches of fixed size, on a GPU as CUDA graphs (:mod:`.static`), which takes the launching
+            of kernels out of every step; graphs are captured in the first texts and kept. None: on a GPU, for models that can.
+            Not with ``return_dict_in_generate``'s cache, nor with padding or a cache that is given.
         streamer: gets the tokens as they are emitted; one of transformers'.
 
     Attributes:
         last: the :class:`hf_sparse.speculative.metrics.Speculation` of the last text. total: of all texts so far.
     """
 
-    def __init__(self, draft_model, policy=None, *, tokenizer=None, draft_tokenizer=None, streamer=None):
+    def __init__(self, draft_model, policy=None, *, tokenizer=None, draft_tokenizer=None, static=None, streamer=None):
         self.draft_model = draft_model
         self.policy = StaticLength() if policy is None else policy
         if (tokenizer is None) != (draft_tokenizer is None):
@@ -57,7 +60,10 @@ class SpeculativeDecoding:
                 "give both tokenizers, tokenizer= of the target and draft_tokenizer= of the drafter, or none"
             )
         self.tokenizer, self.draft_tokenizer, self.streamer = tokenizer, draft_tokenizer, streamer
+        self.static = static
         self.last, self.total = Speculation(), Speculation()
+        self._runners: dict[tuple[int, int], Any] = {}  # (id of the model, size) -> StaticRunner
+        self._steps: dict[tuple[int, int], dict] = {}
 
     @torch.no_grad()
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -68,10 +74,11 @@ class SpeculativeDecoding:
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         sample = bool(generation_config.do_sample)
         ends = _ends(generation_config)
-        drafter = self._drafter(model, logits_processor, sample, ends, limit)
+        runners = self._static_runners(model, cache, model_kwargs, limit)
+        drafter = self._drafter(model, logits_processor, sample, ends, limit, runners)
         text = torch.zeros(1, max(limit, length), dtype=torch.long, device=device)
         text[:, :length] = input_ids.to(device)
-        inputs = _Inputs(model, model_kwargs, length, cache)
+        inputs = _StaticInputs(runners[0]) if runners else _Inputs(model, model_kwargs, length, cache)
         skip = inputs.padding  # the drafter never sees padding
         extra = [
             one for one in stopping_criteria if type(one).__name__ not in ("MaxLengthCriteria", "EosTokenCriteria")
@@ -154,7 +161,7 @@ class SpeculativeDecoding:
             sequences=sequences,
             scores=None if scores is None else tuple(scores),
             logits=None if raw is None else tuple(raw),
-            past_key_values=cache,
+            past_key_values=None if runners else cache,
         )
 
     def _check(self, model, input_ids, generation_config, model_kwargs: dict[str, Any]):
@@ -195,7 +202,36 @@ class SpeculativeDecoding:
             raise ValueError("a static cache cannot be rolled back; leave out cache_implementation")
         return cache
 
-    def _drafter(self, model, processors, sample: bool, ends: frozenset[int], length: int):
+    def _static_runners(self, model, cache, kwargs: dict[str, Any], length: int):
+        """Runners of target and drafter over caches of fixed size, or None where they run as they are."""
+        from hf_sparse.speculative.static import StaticRunner, static_size, why_not_static
+
+        if self.static is False or (self.static is None and model.device.type != "cuda"):
+            return None
+        models = (model, self.draft_model)
+        reasons = [f"{type(one).__name__}: {reason}" for one in models if (reason := why_not_static(one))]
+        if self.static is None and len({one.device.type for one in models}) > 1:
+            reasons.append("target and drafter lie on different kinds of devices")
+        if kwargs.get("attention_mask") is not None:
+            reasons.append("the text is padded")
+        if cache.get_seq_length():
+            reasons.append("a cache was given")
+        if any(kwargs.get(name) is not None for name in ("inputs_embeds", "mm_encoder_outputs", "pixel_values")):
+            reasons.append("the text comes with other inputs")
+        if reasons:
+            if self.static:
+                raise ValueError(f"static=True cannot be kept: {'; '.join(reasons)}")
+            return None
+        found = []
+        for one in models:
+            key = (id(one), static_size(length))
+            if key not in self._runners or self._runners[key].model is not one:
+                self._runners[key] = StaticRunner(one, length)
+                self._steps[key] = {}
+            found.append(self._runners[key])
+        return found
+
+    def _drafter(self, model, processors, sample: bool, ends: frozenset[int], length: int, runners=None):
         """A drafter of one tokenizer with the target, or one that goes through text."""
         ours = model.config.get_text_config(decoder=True).vocab_size
         theirs = self.draft_model.config.get_text_config(decoder=True).vocab_size
@@ -209,7 +245,36 @@ class SpeculativeDecoding:
                 f"give "
                 "tokenizer= and draft_tokenizer=, which tell a padded vocabulary from a different one"
             )
+        if runners:
+            from hf_sparse.speculative.static import StaticDrafter
+
+            steps = self._steps[id(self.draft_model), runners[1].size]
+            return StaticDrafter(runners[1], ours, processors, sample, ends, steps)
         return Drafter(self.draft_model, ours, processors, sample, ends, length)
+
+
+class _StaticInputs:
+    """The interface of ``_Inputs`` over a cache of fixed size."""
+
+    padding = 0
+
+    def __init__(self, runner):
+        self.runner, self.cached = runner, 0
+
+    def forward(self, ids: torch.Tensor, drafted: int) -> torch.Tensor:
+        """Logits ``[drafted + 1, vocabulary]`` float32 after the last of ``ids`` and each place before."""
+        length, keep = ids.shape[1], drafted + 1
+        new = ids[:, self.cached :]
+        if self.cached:
+            logits = self.runner.run(new, self.cached)[-keep:]
+        else:  # the prompt
+            logits = self.runner.forward(new, torch.arange(length, device=ids.device), keep)
+        self.cached = length
+        return logits.float()
+
+    def forget(self, count: int) -> None:
+        """The last ``count`` ids were rejected."""
+        self.cached -= count
 
 
 class _Inputs:

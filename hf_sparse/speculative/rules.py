@@ -21,7 +21,7 @@ after the verification. The published thresholds were tuned on the papers' model
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 __all__ = ["RULES", "SVIP", "AdaEDL", "DrawnConfidence", "Heuristic", "LogitMargin", "MaxConfidence", "Round", "Rule"]
 __all__ += ["SVIPDifference", "Signals", "StaticLength", "rule_from_dict"]
@@ -66,6 +66,9 @@ class Rule:
     """
 
     max_draft: int = field(default=32, kw_only=True)
+    looks: ClassVar[bool] = (
+        True  # whether ``stop`` reads the signals; if not, they are not computed and it is given None
+    )
 
     def __post_init__(self):
         if self.max_draft < 1:
@@ -105,6 +108,7 @@ def _positive(name: str, value: float) -> None:
 class StaticLength(Rule):
     """Always ``k`` tokens."""
 
+    looks: ClassVar[bool] = False
     k: int = 5
 
     def __post_init__(self):
@@ -127,6 +131,7 @@ class StaticLength(Rule):
 class Heuristic(Rule):
     """transformers' "heuristic" schedule: two more tokens after a round accepted whole, one less otherwise, at least one."""
 
+    looks: ClassVar[bool] = False
     k: float = 5.0
 
     def __post_init__(self):

@@ -46,10 +46,11 @@ def pair(tiny_model):
     return related(tiny_model)
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_greedy_is_plain_greedy(pair, policy):
+def test_greedy_is_plain_greedy(pair, policy, static):
     target, drafter = pair
-    decoding = SpeculativeDecoding(drafter, POLICIES[policy]())
+    decoding = SpeculativeDecoding(drafter, POLICIES[policy](), static=static)
     for ids in prompts():
         plain = target.generate(ids, do_sample=False, max_new_tokens=60)
         assert torch.equal(target.generate(ids, do_sample=False, max_new_tokens=60, custom_generate=decoding), plain)
@@ -66,13 +67,14 @@ def test_greedy_is_plain_greedy(pair, policy):
         ("qwen3", {}),
     ],
 )
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("length", [5, 40])
-def test_sliding_windows(tiny_model, family, sizes, length):
+def test_sliding_windows(tiny_model, family, sizes, length, static):
     """Shorter and longer than the window, and across it while drafting."""
     target, drafter = related(tiny_model, family, **sizes)
     ids = prompts((length,))[0]
     plain = target.generate(ids, do_sample=False, max_new_tokens=50)
-    decoding = SpeculativeDecoding(drafter, StaticLength(4))
+    decoding = SpeculativeDecoding(drafter, StaticLength(4), static=static)
     assert torch.equal(target.generate(ids, do_sample=False, max_new_tokens=50, custom_generate=decoding), plain)
     assert decoding.total.acceptance > 0.05
 
@@ -129,13 +131,42 @@ def test_processors_touch_both_models(pair):
     )
     for ids in prompts((2, 9)):
         plain = target.generate(ids, **options)
-        decoding = SpeculativeDecoding(drafter, StaticLength(4))
-        assert torch.equal(target.generate(ids, **options, custom_generate=decoding), plain)
+        for static in (False, True):
+            decoding = SpeculativeDecoding(drafter, StaticLength(4), static=static)
+            assert torch.equal(target.generate(ids, **options, custom_generate=decoding), plain)
     same = target.__class__(target.config).eval()
     same.load_state_dict(target.state_dict())
     decoding = SpeculativeDecoding(same, StaticLength(4))
     target.generate(prompts((9,))[0], **options, custom_generate=decoding)
     assert decoding.last.acceptance == 1  # a copy that the processors did not touch would stray
+
+
+def test_static_and_dynamic_draft_alike(pair):
+    """The same texts, the same rounds; runners are kept from text to text, and what an earlier text left is not seen."""
+    target, drafter = pair
+    fixed, usual = (
+        SpeculativeDecoding(drafter, MaxConfidence(0.3, max_draft=6), static=static) for static in (True, False)
+    )
+    for ids in [*prompts(), *prompts((30, 3))]:
+        outputs = [
+            target.generate(ids, do_sample=False, max_new_tokens=30, custom_generate=one) for one in (fixed, usual)
+        ]
+        assert (
+            torch.equal(*outputs)
+            and fixed.last.drafted == usual.last.drafted
+            and fixed.last.accepted == usual.last.accepted
+        )
+    assert len(fixed._runners) == 2 and not usual._runners
+
+
+def test_static_says_why_it_cannot(pair, tiny_model):
+    target, drafter = pair
+    ids = prompts((9,))[0]
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    mask = (torch.arange(13) >= 4).long().unsqueeze(0)
+    with pytest.raises(ValueError, match="static=True cannot be kept: the text is padded"):
+        decoding = SpeculativeDecoding(drafter, static=True)
+        target.generate(padded, attention_mask=mask, do_sample=False, max_new_tokens=4, custom_generate=decoding)
 
 
 def test_padding_on_the_left(pair):
@@ -289,10 +320,10 @@ def law(target, ids, width, **warp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["rule", "tapout", "warped"])
+@pytest.mark.parametrize("how", ["rule", "tapout", "warped", "static"])
 def test_sampling_has_exactly_the_targets_distribution(tiny_model, how):
     """A chi-squared test of the first two tokens' joint law with a drafter that has nothing to do with the target."""
-    width, count = 5, 4000
+    width, count = 5, 2500
     sizes = dict(vocab_size=width, bos_token_id=0, eos_token_id=None, pad_token_id=0)
     target, drafter = (tiny_model("llama", seed=seed, **sizes) for seed in (1, 2))
     for model in (target, drafter):
@@ -307,7 +338,7 @@ def test_sampling_has_exactly_the_targets_distribution(tiny_model, how):
         if how == "tapout"
         else StaticLength(2)
     )
-    decoding = SpeculativeDecoding(drafter, policy)
+    decoding = SpeculativeDecoding(drafter, policy, static=how == "static")
     torch.manual_seed(5)
     found = torch.zeros(width * width)
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 4} | warp
