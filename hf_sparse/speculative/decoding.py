@@ -120,9 +120,7 @@ class SpeculativeDecoding:
                 kept = _until_criterion(text, length, len(emitted), extra)
                 finished |= kept is not None
                 emitted = emitted[:kept]
-            stays_in = min(
-                accepted, len(emitted) - 1
-            )  # what the caches keep of the draft; the last token is always new to them
+            stays_in = min(accepted, len(emitted) - 1)  # of the draft, in the caches; the last token is new to them
             inputs.forget(count - stays_in)
             drafter.rollback(length - skip + stays_in)
             if scores is not None:

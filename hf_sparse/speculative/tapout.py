@@ -217,10 +217,12 @@ class TapOut:
 
     def _reward_rules(self, result: Round) -> None:
         seen = {}
+        # a drafter of another tokenizer counts its own tokens, verification the target's
+        scale = result.drafted / self._tokens if self._tokens else 1.0
         for index, (rule, place) in enumerate(zip(self.rules, self._stops, strict=True)):
             bound = index == self._arm or rule.never_longer_than(self.rules[self._arm])
             if self._exploring or (bound if self.full_information else index == self._arm):
-                drafted = result.drafted if place is None else min(place, result.drafted)
+                drafted = result.drafted if place is None else min(max(1, round(place * scale)), result.drafted)
                 seen[index] = self._value(min(result.accepted, drafted), drafted)
         self.bandits[0].update_all(seen)
 

@@ -186,6 +186,16 @@ def test_a_round_teaches_about_the_rules_it_was_bound_to_show():
     assert policy.bandits[0].sums == pytest.approx([5.2, 45.2, 5.0])
 
 
+def test_places_are_counted_in_the_targets_tokens():
+    """A drafter of another tokenizer: six tokens of its own were three of the target's."""
+    policy = TapOut([MaxConfidence(0.9), MaxConfidence(0.2)], reward="simple", max_draft=6)
+    policy.begin()  # nothing is known yet, so all rules are asked
+    for first in (0.95, 0.95, 0.95, 0.5, 0.95, 0.1):
+        policy.stop(Signals(first, 0.01, 0.5, first))
+    policy.end(Round(3, 3))
+    assert policy.means() == {"MaxConfidence(0.9)": pytest.approx(2 / 6), "MaxConfidence(0.2)": pytest.approx(3 / 6)}
+
+
 def test_rewards_by_hand():
     policy = TapOut.paper([StaticLength(4)], max_draft=10)
     assert policy._value(2, 4) == pytest.approx(0.5 * 0.2 + 0.5 * 0.5)
