@@ -11,6 +11,7 @@ the files as ``hf_sparse/callbacks``. Modules here import by absolute names (``h
 import importlib
 
 _EXPORTS = {
+    "CardCallback": "hf_sparse.callbacks.card",
     "DenseFinetuningCallback": "hf_sparse.callbacks.dense_finetuning",
     "DistillationLoss": "hf_sparse.callbacks.distillation",
     "DistillationMixin": "hf_sparse.callbacks.distillation",

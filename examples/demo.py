@@ -68,7 +68,7 @@ def main() -> None:
 
     from hf_sparse import SparsityConfig, load_model, load_segments, load_tokenizer, perplexity, prune, save_packed
     from hf_sparse.data import load_tokens
-    from hf_sparse.hub_cards import write_card
+    from hf_sparse.hub_cards import SparsityCard
     from hf_sparse.instruments import peak_memory
     from hf_sparse.pruning.measure import remeasure_bytes
 
@@ -111,8 +111,7 @@ def main() -> None:
         report.plot(output / "sparsity_report.png")
     except ModuleNotFoundError:
         console.print("no plot: matplotlib is not installed")
-    plot = "sparsity_report.png" if (output / "sparsity_report.png").is_file() else None
-    write_card(output, report, plot)
+    SparsityCard(output).save()
     console.print(f"{output}: {packed}")
 
     console.rule("[5/5] load it in a new process, and ask")

@@ -1,4 +1,5 @@
-"""The command line: prune, distill, merge, recovery, inspect, eval, bench, bench speculative, pack, unpack, export, spectral.
+"""The command line: prune, distill, merge, recovery, inspect, eval, bench, bench speculative, pack, unpack, export,
+push, card, spectral.
 
 Each command is one function that takes the parsed arguments and returns a dict; ``--json`` prints that dict as the only
 thing on standard output, otherwise a table is shown. Progress goes to standard error. Anything wrong with the arguments is
@@ -21,6 +22,7 @@ from hf_sparse.commands.export import run_export
 from hf_sparse.commands.measure import run_eval, run_inspect
 from hf_sparse.commands.pack import run_pack, run_unpack
 from hf_sparse.commands.prune import run_prune
+from hf_sparse.commands.push import run_card, run_push
 from hf_sparse.commands.recovery import run_merge, run_recovery
 from hf_sparse.commands.spectral import run_spectral
 
@@ -30,6 +32,8 @@ __all__ = ["main"]
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["lm-eval"]:
+        return _lm_eval(list(argv[1:]))
     # argparse takes one word for a command; a model directory may be called "speculative", so only the word right after counts
     words = ["bench-speculative", *argv[2:]] if list(argv[:2]) == ["bench", "speculative"] else argv
     arguments = _parser().parse_args(words)
@@ -41,7 +45,14 @@ def main(argv: list[str] | None = None) -> int:
             result = arguments.run(arguments)
     except KeyboardInterrupt:
         return _fail(arguments, f"interrupted, nothing was written{_kept(arguments)}", 130, stdout)
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, IsADirectoryError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        ModuleNotFoundError,
+        IsADirectoryError,
+        PermissionError,
+    ) as error:
         return _fail(arguments, f"{error}{_kept(arguments)}", 2, stdout)
     except Exception as error:
         if os.environ.get("HF_SPARSE_DEBUG"):
@@ -51,6 +62,19 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(_finite(result), default=str, allow_nan=False), file=stdout)
     return 0
+
+
+def _lm_eval(words: list[str]) -> int:
+    """All words go to lm-eval's own command line."""
+    try:
+        from hf_sparse.integrations.lm_eval_model import run_command_line
+    except ModuleNotFoundError as error:
+        print(
+            f"hf-sparse lm-eval: error: it needs the evaluation harness: pip install 'hf-sparse[eval]' ({error})",
+            file=sys.stderr,
+        )
+        return 2
+    return run_command_line(words)
 
 
 def _kept(arguments) -> str:
@@ -324,6 +348,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=1, metavar="N", help="lm-eval's batch; default %(default)s")
     evaluate.add_argument("--apply-chat-template", action="store_true", help="wrap prompts in the chat template")
     evaluate.add_argument("--output", metavar="FILE", help="write the result as JSON")
+    evaluate.add_argument(
+        "--record", action="store_true", help="keep the result beside the model (evaluation.json) and in its card"
+    )
     evaluate.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; default: cpu")
     _model_flags(evaluate)
 
@@ -448,6 +475,37 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     export.add_argument("--no-verify", action="store_true", help="do not load the output to compare it with the source")
     export.add_argument("--list", action="store_true", help="the targets, and what their runtimes do with zeros")
+
+    push = _command(
+        subparsers,
+        "push",
+        run_push,
+        "upload a model to the Hub in one commit, with its card and reports",
+        "hf-sparse push smollm2-50 me/smollm2-50 --packed --private",
+    )
+    push.add_argument("path", metavar="DIR", help="a model directory, dense or packed")
+    push.add_argument("repo", metavar="REPO", help="user/name; made if it is not there")
+    push.add_argument("--packed", action="store_true", help="pack the weights on the way")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="a branch other than main")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+
+    card = _command(
+        subparsers,
+        "card",
+        run_card,
+        "write the model card of a directory from its reports",
+        "hf-sparse card smollm2-50",
+    )
+    card.add_argument("path", metavar="DIR", help="a model directory")
+    card.add_argument("--license", metavar="L", help="of the model, e.g. apache-2.0; default: what the reports state")
+    card.add_argument("--print", action="store_true", dest="show", help="show it instead of writing README.md")
+
+    subparsers.add_parser(
+        "lm-eval",
+        help="lm-eval's own command line, with the model type hf-sparse",
+        epilog="example: hf-sparse lm-eval run --model hf-sparse --model_args pretrained=DIR,draft=DIR --tasks gsm8k",
+    )
 
     spectral = _command(
         subparsers,

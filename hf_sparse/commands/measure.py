@@ -32,6 +32,8 @@ def run_eval(arguments) -> dict[str, Any]:
         if not Path(arguments.text).is_file():
             raise FileNotFoundError(f"no such file: {arguments.text}")
     commands.check_parent(arguments.output)
+    if arguments.record and not (Path(arguments.path) / "config.json").is_file():
+        raise ValueError(f"--record keeps the result beside the model, and {arguments.path} is no model directory here")
     commands.check_device(arguments.device)
 
     from hf_sparse.evaluation import perplexity
@@ -70,6 +72,8 @@ def run_eval(arguments) -> dict[str, Any]:
             arguments.apply_chat_template,
         )
     result["versions"] = versions()
+    if arguments.record:
+        _record(Path(arguments.path), result | {"command": arguments.command_line})
     if arguments.output:
         from hf_sparse.atomic import atomic_write_text
 
@@ -77,6 +81,24 @@ def run_eval(arguments) -> dict[str, Any]:
     if not arguments.json:
         _show_evaluation(result)
     return result
+
+
+def _record(directory: Path, result: dict[str, Any]) -> None:
+    """Into evaluation.json beside the model, over what was measured alike before; the card is written anew if it is ours."""
+    from hf_sparse.atomic import atomic_write_text
+    from hf_sparse.hub_cards.sparsity_card import renew_card
+
+    file = directory / "evaluation.json"
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    merged = earlier | {key: value for key, value in result.items() if key != "model"}
+    if "tasks" in earlier and "tasks" in result:
+        old, new = earlier["tasks"], result["tasks"]
+        protocol = old["protocol"] | new["protocol"]
+        for key in ("task_versions", "num_fewshot"):
+            protocol[key] = old["protocol"].get(key, {}) | new["protocol"].get(key, {})
+        merged["tasks"] = {"results": old["results"] | new["results"], "protocol": protocol}
+    atomic_write_text(file, json.dumps(merged, indent=1, default=str) + "\n")
+    renew_card(directory)
 
 
 def _show_evaluation(result: dict[str, Any]) -> None:

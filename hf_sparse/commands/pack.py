@@ -13,13 +13,23 @@ def run_pack(arguments) -> dict[str, Any]:
     report = pack_checkpoint(
         arguments.path, arguments.output, min_saving=arguments.min_saving, overwrite=arguments.overwrite
     )
+    _renew_card(arguments.output)
     return _show_packing(report, arguments)
 
 
 def run_unpack(arguments) -> dict[str, Any]:
     from hf_sparse.formats import unpack_checkpoint
 
-    return _show_packing(unpack_checkpoint(arguments.path, arguments.output, overwrite=arguments.overwrite), arguments)
+    report = unpack_checkpoint(arguments.path, arguments.output, overwrite=arguments.overwrite)
+    _renew_card(arguments.output)
+    return _show_packing(report, arguments)
+
+
+def _renew_card(directory: str) -> None:
+    """A card of ours says how the model loads, which has changed; one written by hand stays."""
+    from hf_sparse.hub_cards.sparsity_card import renew_card
+
+    renew_card(directory)
 
 
 def _show_packing(report, arguments) -> dict[str, Any]:

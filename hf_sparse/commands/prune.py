@@ -69,7 +69,7 @@ def run_prune(arguments) -> dict[str, Any]:
     if arguments.resume and not begun:
         print(f"no interrupted run to {output} is there to resume: starting with the first layer", file=sys.stderr)
 
-    from hf_sparse.hub_cards import write_card
+    from hf_sparse.hub_cards import SparsityCard
     from hf_sparse.loading import load_model, load_tokenizer
     from hf_sparse.pruning.prune import prune
 
@@ -103,8 +103,8 @@ def run_prune(arguments) -> dict[str, Any]:
     with atomic_directory(output, overwrite=arguments.overwrite) as staging:
         save_model(model, tokenizer, staging, arguments)
         report.save(staging / REPORT_FILE)
-        plotted = _plot(report, staging / PLOT_FILE)
-        write_card(staging, report, plot=PLOT_FILE if plotted else None)
+        _plot(report, staging / PLOT_FILE)
+        SparsityCard(staging).save()
     if arguments.progress_dir:
         shutil.rmtree(arguments.progress_dir, ignore_errors=True)
     result = {"output": str(output), "file_bytes": commands.weight_bytes(output)} | report.to_dict()

@@ -34,7 +34,7 @@ GENERIC_TEXT = (
 def run_prune_experts(arguments) -> dict[str, Any]:
     from hf_sparse.atomic import atomic_directory
     from hf_sparse.commands.prune import check_output, check_shard_size, save_model
-    from hf_sparse.hub_cards.experts import write_expert_card
+    from hf_sparse.hub_cards import SparsityCard
     from hf_sparse.instruments import device_name, peak_memory, versions
 
     started = time.perf_counter()
@@ -76,8 +76,8 @@ def run_prune_experts(arguments) -> dict[str, Any]:
         _save_scores(staging, given, total)
         result["seconds"] = time.perf_counter() - started
         (staging / REPORT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        plotted = _plot(staging / PLOT_FILE, total, report, rows)
-        write_expert_card(staging, result, plot=PLOT_FILE if plotted else None)
+        _plot(staging / PLOT_FILE, total, report, rows)
+        SparsityCard(staging).save()
     if progress_dir:
         shutil.rmtree(progress_dir, ignore_errors=True)
     if not arguments.json:

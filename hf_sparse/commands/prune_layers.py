@@ -25,7 +25,7 @@ def run_prune_layers(arguments) -> dict[str, Any]:
     from hf_sparse.atomic import atomic_directory
     from hf_sparse.commands.prune import check_output, check_shard_size, save_model
     from hf_sparse.data import check_source, load_segments
-    from hf_sparse.hub_cards.layers import write_layer_card
+    from hf_sparse.hub_cards import SparsityCard
     from hf_sparse.instruments import device_name, peak_memory, reset_peak_memory, versions
 
     started = time.perf_counter()
@@ -69,10 +69,11 @@ def run_prune_layers(arguments) -> dict[str, Any]:
     result["scores"] = scores.to_dict() if scores else None
     with atomic_directory(output, overwrite=arguments.overwrite) as staging:
         save_model(model, tokenizer, staging, arguments)
-        plotted = scores is not None and _plot(scores, report.dropped, staging / PLOT_FILE)
+        if scores is not None:
+            _plot(scores, report.dropped, staging / PLOT_FILE)
         result["seconds"] = time.perf_counter() - started
         (staging / REPORT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        write_layer_card(staging, result, plot=PLOT_FILE if plotted else None)
+        SparsityCard(staging).save()
     if not arguments.json:
         _show(result, output)
     return {"output": str(output), "file_bytes": commands.weight_bytes(output)} | result

@@ -8,6 +8,7 @@ finder on ``sys.meta_path`` waits for them:
     transformers.models.auto.configuration_auto   -> AutoConfig learns model_type "hf_sparse", "sparse_llama", ...
     transformers.models.auto.modeling_auto        -> AutoModel, AutoModelForCausalLM, ... learn the sparse models
     transformers.quantizers.auto                  -> the "hf_sparse", "sparse_ift" and "uneven_experts" quantizers
+    lm_eval.models                                -> lm-eval learns the model type "hf-sparse"
 
 The models are written into the tables that transformers keeps of its own, by name: ``AutoModel.register`` takes classes, and
 importing those would load all modeling code for whoever wants a config, and in a circle where it is being loaded already.
@@ -85,10 +86,18 @@ def _register_quantizer() -> None:
     importlib.import_module("hf_sparse.integrations.uneven_experts")
 
 
+def _register_lm_eval() -> None:
+    from lm_eval.api.registry import model_registry
+
+    if "hf-sparse" not in model_registry:
+        model_registry.register("hf-sparse", target="hf_sparse.integrations.lm_eval_model:SparseLM")
+
+
 _AFTER = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.quantizers.auto": _register_quantizer,
+    "lm_eval.models": _register_lm_eval,
 }
 
 

@@ -327,7 +327,7 @@ def test_sampling_has_exactly_the_targets_distribution(tiny_model, how):
     sizes = dict(vocab_size=width, bos_token_id=0, eos_token_id=None, pad_token_id=0)
     target, drafter = (tiny_model("llama", seed=seed, **sizes) for seed in (1, 2))
     for model in (target, drafter):
-        model.lm_head.weight.data.mul_(30 if how == "warped" else 60)
+        model.lm_head.weight.data.mul_(12 if how == "warped" else 20)
         model.generation_config.eos_token_id = None
     ids = torch.tensor([[1, 3, 2]])
     warp = {"temperature": 0.7, "top_k": 3} if how == "warped" else {}
@@ -350,6 +350,7 @@ def test_sampling_has_exactly_the_targets_distribution(tiny_model, how):
     likely = possible & (expected * count >= 5)
     chi = float(((found - count * expected) ** 2 / (count * expected).clamp_min(1e-9))[likely].sum())
     freedom = int(likely.sum()) - 1
+    assert freedom >= 5  # a law that knows one outcome only would prove nothing
     assert chi < freedom + 4 * (2 * freedom) ** 0.5, (chi, freedom)
     assert 0.05 < decoding.total.acceptance < 0.95
 
