@@ -1,5 +1,5 @@
 """The command line: prune, distill, merge, recovery, inspect, eval, bench, bench speculative, pack, unpack, export,
-push, card, spectral.
+push, card, compare, spectral.
 
 Each command is one function that takes the parsed arguments and returns a dict; ``--json`` prints that dict as the only
 thing on standard output, otherwise a table is shown. Progress goes to standard error. Anything wrong with the arguments is
@@ -17,6 +17,7 @@ import sys
 from hf_sparse import commands
 from hf_sparse.commands.bench import run_bench
 from hf_sparse.commands.bench_speculative import run_bench_speculative
+from hf_sparse.commands.compare import run_compare
 from hf_sparse.commands.distill import run_distill
 from hf_sparse.commands.export import run_export
 from hf_sparse.commands.measure import run_eval, run_inspect
@@ -475,6 +476,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     export.add_argument("--no-verify", action="store_true", help="do not load the output to compare it with the source")
     export.add_argument("--list", action="store_true", help="the targets, and what their runtimes do with zeros")
+
+    comparison = _command(
+        subparsers,
+        "compare",
+        run_compare,
+        "models side by side: size, zeros, speed, quality, as far as they are known",
+        "hf-sparse compare dense smollm2-50 smollm2-50-packed --plot comparison.png",
+    )
+    comparison.add_argument("paths", nargs="+", metavar="NAME=DIR", help="model directories")
+    comparison.add_argument("--output", metavar="FILE", help="write the comparison as JSON")
+    comparison.add_argument("--plot", metavar="FILE", help="bars with 95%% intervals, as an image")
 
     push = _command(
         subparsers,

@@ -15,7 +15,7 @@ from typing import Any
 from hf_sparse.atomic import atomic_write_text
 from hf_sparse.hub_cards.facts import REPORTS, Facts, gather
 
-__all__ = ["MARK", "SparsityCard", "renew_card"]
+__all__ = ["MARK", "SparsityCard", "renew_card", "task_values"]
 
 MARK = "<!-- written by hf_sparse from the files beside it -->"
 _PAPERS = {  # saliency, allocation or training method -> (name, arXiv id)
@@ -259,7 +259,7 @@ class SparsityCard:
                     "about": str(evaluation.get("protocol", "")),
                 }
             )
-        for task, metric, value, error in _task_values(evaluation):
+        for task, metric, value, error in task_values(evaluation):
             shots = (evaluation.get("tasks", {}).get("protocol", {}).get("num_fewshot") or {}).get(task)
             about = f"{metric}{'' if shots is None else f', {shots} shots'}"
             rows.append({"name": task, "value": f"{value:.4f}" + (f" ± {error:.4f}" if error else ""), "about": about})
@@ -297,7 +297,7 @@ class SparsityCard:
         evaluation = facts.reports.get("evaluation", {})
         if "perplexity" in evaluation:
             results.append(("perplexity", evaluation.get("text", "text"), "perplexity", evaluation["perplexity"]))
-        results += [(task, task, metric, value) for task, metric, value, _ in _task_values(evaluation)]
+        results += [(task, task, metric, value) for task, metric, value, _ in task_values(evaluation)]
         if results:
             kind = data["pipeline_tag"]
             data["model_name"] = facts.directory.name
@@ -314,7 +314,7 @@ class SparsityCard:
         return stated or self.facts.reports.get("training", {}).get("license") or self.facts.config.get("license")
 
     def _save_eval_results(self) -> None:
-        known = [row for row in _task_values(self.facts.reports.get("evaluation", {})) if row[0] in _BENCHMARKS]
+        known = [row for row in task_values(self.facts.reports.get("evaluation", {})) if row[0] in _BENCHMARKS]
         hub = importlib.import_module("huggingface_hub")
         if not known or not hasattr(hub, "EvalResultEntry"):
             return
@@ -374,7 +374,7 @@ def _run(report: dict[str, Any]) -> str:
     return f"It took {report.get('seconds', 0):.0f} s{peak} on {report['device']}, with {versions}."
 
 
-def _task_values(evaluation: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
+def task_values(evaluation: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
     """``(task, metric, value, standard error)``, one metric a task."""
     from hf_sparse.integrations.lm_eval import METRICS
 

@@ -33,7 +33,9 @@ class SparseLM(HFLM):
         policy: str = "tapout",
         **kwargs,
     ):
-        import hf_sparse  # noqa: F401  (from_pretrained reads packed checkpoints)
+        from hf_sparse.integrations import register
+
+        register()  # from_pretrained reads packed checkpoints
 
         if draft is not None:
             from hf_sparse.speculative.policies import parse_policy

@@ -46,7 +46,7 @@ FLOORS: dict[str, list[str]] = {
         "inspection",
     ],
     "runtime": ["runtime", "export", "integrations"],
-    "surface": ["callbacks", "hub_cards", "recipes", "cli", "commands", "__main__"],
+    "surface": ["callbacks", "hub_cards", "metrics", "recipes", "cli", "commands", "__main__"],
 }
 TRAVELLING = [
     f"hf_sparse.models.{name}"
