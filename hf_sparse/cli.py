@@ -8,9 +8,11 @@ said before work begins (exit code 2); an error during the work leaves nothing h
 
 import argparse
 import contextlib
+import difflib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 
@@ -37,8 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         return _lm_eval(list(argv[1:]))
     # argparse takes one word for a command; a model directory may be called "speculative", so only the word right after counts
     words = ["bench-speculative", *argv[2:]] if list(argv[:2]) == ["bench", "speculative"] else argv
-    arguments = _parser().parse_args(words)
-    arguments.command_line = "hf-sparse " + shlex.join(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        _refuse(parser, arguments.command, unknown)
+    arguments.command_line = commands.portable("hf-sparse " + shlex.join(argv))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     stdout = commands.OUTPUT = sys.stdout
     try:
@@ -63,6 +68,32 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(_finite(result), default=str, allow_nan=False), file=stdout)
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was perhaps meant."""
+
+    def error(self, message: str):
+        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if found:
+            names = re.findall(r"[\w.-]+", found[2])
+            near = difflib.get_close_matches(found[1], names, n=1)
+            message = f"unknown {'command' if 'COMMAND' in message else 'choice'} {found[1]!r}" + (
+                f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
+            )
+        super().error(message)
+
+
+def _refuse(parser: argparse.ArgumentParser, command: str, unknown: list[str]):
+    """Ends with the flags that were not understood, and what they are near to."""
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    one = subparsers.choices[command]
+    flags = [flag for action in one._actions for flag in action.option_strings]
+    hints = [
+        f"{word} (did you mean {near[0]}?)" if (near := difflib.get_close_matches(word, flags, n=1)) else word
+        for word in unknown
+    ]
+    one.error(f"not understood: {', '.join(hints)}")
 
 
 def _lm_eval(words: list[str]) -> int:
@@ -107,7 +138,7 @@ def _fail(arguments, message: str, code: int, stdout) -> int:
 def _parser() -> argparse.ArgumentParser:
     from hf_sparse import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-sparse",
         description="Weight sparsity for Hugging Face models.",
         epilog="example: hf-sparse prune MODEL --sparsity 0.5 --saliency sparsegpt --calibration text.txt --output pruned",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse.atomic import atomic_write_text
+from hf_sparse.commands import portable
 from hf_sparse.hub_cards.facts import REPORTS, Facts, gather
 
 __all__ = ["MARK", "SparsityCard", "renew_card", "task_values"]
@@ -240,7 +241,7 @@ class SparsityCard:
                 commands.append(reports[name]["command"])
         written = [name for name in reports if not (name == "sparsity" and facts.counted)]
         return {
-            "commands": list(dict.fromkeys(filter(None, commands))),
+            "commands": [portable(command) for command in dict.fromkeys(filter(None, commands))],
             "calibrations": calibrations,
             "runs": list(filter(None, runs)),
             "files": [f"`{REPORTS[name]}`" for name in written],

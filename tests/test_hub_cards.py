@@ -169,6 +169,20 @@ def test_a_packed_model_names_the_import(pruned, tmp_path):
     assert "import hf_sparse" not in (tmp_path / "dense" / "README.md").read_text()
 
 
+def test_folders_of_the_machine_are_left_out(pruned):
+    config = json.loads((pruned / "config.json").read_text())
+    command = (
+        "hf-sparse prune /srv/me/models/tiny --calibration code=/data/a.txt ./b.txt https://hub.co/x --output ../out/"
+    )
+    config["hf_sparse"]["provenance"]["command"] = command
+    (pruned / "config.json").write_text(json.dumps(config))
+    card = SparsityCard(pruned).render()
+    assert (
+        "hf-sparse prune tiny --calibration code=a.txt b.txt https://hub.co/x --output out" in card
+        and "/srv" not in card
+    )
+
+
 def test_a_card_written_by_hand_is_kept_by_packing(pruned, tmp_path):
     (pruned / "README.md").write_text("mine\n")
     assert main(["pack", str(pruned), "--output", str(tmp_path / "packed"), "--json"]) == 0

@@ -4,10 +4,11 @@ All that can be wrong with the arguments is checked before a model is loaded; he
 file a command, or two that are each other's inverse; here is what they share.
 """
 
+import re
 import sys
 from pathlib import Path
 
-__all__ = ["check_device", "check_parent", "console", "layer_names", "show_report", "weight_bytes"]
+__all__ = ["check_device", "check_parent", "console", "layer_names", "portable", "show_report", "weight_bytes"]
 
 OUTPUT = None  # where tables go; set by hf_sparse.cli.main
 REPORT_FILE = "sparsity_report.json"
@@ -58,6 +59,11 @@ def layer_names(numbers: list[int]) -> str:
             groups.append([number])
     names = ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}–{group[-1]}" for group in groups)
     return f"{'layer' if len(numbers) == 1 else 'layers'} {names}"
+
+
+def portable(command: str) -> str:
+    """A command without the folders of the machine it ran on: reports and cards are for others to read."""
+    return re.sub(r"(?<![\w.:/])(?:~|\.{1,2})?/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?", r"\1", command)
 
 
 def show_report(report, output: Path | None) -> None:

@@ -52,11 +52,11 @@ def test_files_are_small():
 
 
 def test_every_example_is_mentioned():
-    """An example nobody is led to is not an example: README.md or PAPERS.md names each file (data/ as a folder)."""
+    """An example nobody is led to is not an example: README.md or PAPERS.md names each file (data/ and cards/ as folders)."""
     guide = text_of(ROOT / "README.md") + text_of(ROOT / "PAPERS.md")
     examples = {path.relative_to(ROOT) for path in project_files() if ROOT / "examples" in path.parents}
     named = {path for path in examples if str(path) in guide}
-    folders = {path for path in examples if path.parts[1] == "data" and "examples/data" in guide}
+    folders = {path for path in examples if path.parts[1] in ("data", "cards") and f"examples/{path.parts[1]}" in guide}
     helpers = {path for path in examples if path.name.startswith("_")}
     results = {path for path in examples if path.suffix == ".json" and path.with_suffix(".py") in named}
     missing = examples - named - folders - helpers - results
